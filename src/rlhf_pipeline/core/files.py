@@ -1,0 +1,131 @@
+"""Files that survive a crash: atomic writes, journals whose torn end is dropped, locks that die with their process."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf_pipeline.core.command import BadUse
+
+LOCK_WAIT = 60.0
+"""Seconds a restart waits for the lock of the run that it follows."""
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable (a rename alone may be lost with the machine's power)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; what the block wrote there becomes `path` whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    try:
+        yield temporary
+        sync_file(temporary)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value in `path`, or None if the file is not there."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+class Journal:
+    """A .jsonl file that records finished pieces of work, one line each, and may end in the middle of a line.
+
+    `records` is what whole lines it held when opened; the torn rest, if any, is cut off before the first append.
+    """
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        data = path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        self.records: list[dict[str, Any]] = [json.loads(line) for line in data[:whole].splitlines()]
+        self._file = path.open("rb+")
+        self._file.truncate(whole)
+        self._file.seek(whole)
+
+    def append(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: float = LOCK_WAIT) -> Iterator[None]:
+    """Hold an exclusive lock on `path`, which the kernel gives back when the process ends, however it ends.
+
+    Raises BadUse naming the holder after `wait` seconds.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        deadline = time.monotonic() + wait
+        while not _try_lock(file.fileno()):
+            if time.monotonic() > deadline:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise BadUse(
+                    f"{path} is held by process {holder}, which writes the same output. "
+                    "Wait for it, or end it, then run the same command again."
+                )
+            time.sleep(0.2)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def sha256_of(paths: Iterable[Path], *, relative_to: Path | None = None) -> str:
+    """sha256 over the files' names (relative to a folder, if given) and contents, in the order of their names."""
+    total = hashlib.sha256()
+    for path in sorted(paths):
+        name = path.relative_to(relative_to).as_posix() if relative_to else path.name
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{name} {content}\n".encode())
+    return total.hexdigest()

@@ -1,0 +1,116 @@
+"""The Hugging Face Hub: look up, download, check that we may write, push. Its errors become one sentence each."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from rlhf_pipeline.core.command import BadUse, WorkFailed
+
+Kind = Literal["dataset", "model"]
+
+
+@contextlib.contextmanager
+def explained(repo_id: str, kind: Kind, flag: str) -> Iterator[None]:
+    """Turn the Hub's errors about `repo_id` into BadUse sentences that say what to do."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    page = (
+        f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
+    )
+    try:
+        yield
+    except GatedRepoError:
+        raise BadUse(f"{flag} {repo_id} is gated: accept its licence at {page}, then run `hf auth login`.") from None
+    except RevisionNotFoundError:
+        raise BadUse(f"{flag} {repo_id} has no such revision; its revisions are listed at {page}.") from None
+    except RepositoryNotFoundError:
+        raise BadUse(
+            f"{flag} {repo_id} is no {kind} that the Hub shows us: check the name, write ./{repo_id} for a local "
+            "folder, or run `hf auth login` if it is private."
+        ) from None
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError):
+        raise BadUse(
+            f"{flag} {repo_id} is not in the local cache and the Hub can't be reached (offline?): "
+            f"write ./{repo_id} if you meant a local folder."
+        ) from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "?"
+        if status in (401, 403):
+            raise BadUse(
+                f"{flag} {repo_id}: the Hub refused (HTTP {status}); run `hf auth login` with a token that may."
+            ) from None
+        raise WorkFailed(f"{flag} {repo_id}: the Hub answered HTTP {status}; run the same command again.") from None
+
+
+def look_up(repo_id: str, kind: Kind, revision: str | None, *, flag: str) -> tuple[str, list[str]]:
+    """(commit, file names) of a Hub repo; from the local cache when offline mode is on. Raises BadUse."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    with explained(repo_id, kind, flag):
+        if constants.is_offline_mode():
+            folder = Path(snapshot_download(repo_id, repo_type=kind, revision=revision, local_files_only=True))
+            return folder.name, [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+        api = HfApi()
+        look = api.dataset_info if kind == "dataset" else api.model_info
+        info = look(repo_id, revision=revision)
+        return info.sha or "", [sibling.rfilename for sibling in info.siblings or ()]
+
+
+def download(repo_id: str, kind: Kind, commit: str, *, patterns: Sequence[str], flag: str) -> Path:
+    """The local snapshot folder of a Hub repo at `commit`, holding the files that match `patterns`."""
+    from huggingface_hub import snapshot_download
+
+    with explained(repo_id, kind, flag):
+        return Path(snapshot_download(repo_id, repo_type=kind, revision=commit, allow_patterns=list(patterns)))
+
+
+def writable_accounts() -> set[str]:
+    """The account and organisations that the stored token may write to; empty without a token."""
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    if get_token() is None:
+        return set()
+    try:
+        who = HfApi().whoami()
+    except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError):
+        return set()
+    return {str(who["name"]), *(str(org["name"]) for org in who.get("orgs", ()))}
+
+
+def create_repo(repo_id: str, kind: Kind, *, private: bool, flag: str) -> None:
+    """Create the repo unless it is there: the proof, before any model loads, that we may write to it."""
+    from huggingface_hub import HfApi, get_token
+
+    if get_token() is None:
+        raise BadUse(
+            f"{flag} {repo_id} is on the Hub and there is no token: run `hf auth login`, or write ./{repo_id}."
+        )
+    with explained(repo_id, kind, flag):
+        HfApi().create_repo(repo_id, repo_type=kind, private=private, exist_ok=True)
+
+
+def push(folder: Path, repo_id: str, kind: Kind, *, ignore: Sequence[str] = ()) -> str:
+    """Upload `folder` as one commit and return the commit's id. Raises WorkFailed; the folder stays as it is."""
+    from huggingface_hub import HfApi
+
+    with explained(repo_id, kind, "--push_to"):
+        commit = HfApi().upload_folder(
+            folder_path=folder,
+            repo_id=repo_id,
+            repo_type=kind,
+            ignore_patterns=list(ignore),
+            commit_message="rlhf_pipeline",
+        )
+    return str(commit.oid)
