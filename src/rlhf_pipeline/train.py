@@ -1,0 +1,531 @@
+"""Stage 4: tokenized pairs -> the next policy, with REBEL or another pair loss.
+
+Reads filter's output (or the tutorial's published datasets) and the policy that wrote the responses; writes a
+transformers folder that generate, vLLM and from_pretrained load, with metrics.jsonl and the reference log-probs beside.
+
+    accelerate launch --config_file accelerate_cfgs/deepspeed_config_stage_3.yaml --num_processes 8 \\
+        -m rlhf_pipeline.train --input_repo ./runs/a/pairs --output_dir ./runs/a/policy
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import tyro
+
+from rlhf_pipeline.core import checkpoints, models, provenance, storage
+from rlhf_pipeline.core.batches import MicroBatch, order_of_rows, plan_calls
+from rlhf_pipeline.core.chat import Chat
+from rlhf_pipeline.core.command import (
+    RUN,
+    BadUse,
+    How,
+    RunFlags,
+    What,
+    entry,
+    fields_with_roles,
+    what_fields,
+)
+from rlhf_pipeline.core.distributed import (
+    Engine,
+    clean_exit,
+    describe_launch,
+    load_dtype,
+    main_process_first,
+    make_accelerator,
+    one_update,
+    promised_world_size,
+    say_launch,
+    sum_over_ranks,
+)
+from rlhf_pipeline.core.logps import install
+from rlhf_pipeline.core.losses import (
+    Dpo,
+    Ipo,
+    Kto,
+    Loss,
+    Orpo,
+    Pairs,
+    Rebel,
+    Simpo,
+    Sppo,
+    with_sft_term,
+)
+from rlhf_pipeline.core.optim import OptimizerName, learning_rate, make_optimizer, set_learning_rate
+from rlhf_pipeline.core.pairs import PairData, load_pairs
+from rlhf_pipeline.core.passes import (
+    Limits,
+    Split,
+    as_pairs,
+    mismatch,
+    mismatched_log_ratio,
+    pair_logps,
+    split_logps,
+)
+from rlhf_pipeline.core.progress import Metrics, duration, is_main, read_metrics, say
+from rlhf_pipeline.core.reference import reference_logps
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+TUTORIAL_TEMPERATURE = 0.8
+
+
+@dataclass(frozen=True)
+class Config:
+    input_repo: Annotated[What[str], tyro.conf.arg(aliases=("--task.input_repo",))]
+    """Tokenized pairs: filter's output, a local folder or a Hub dataset."""
+    output_dir: What[str]
+    """Folder of the new policy."""
+    base_model: Annotated[What[str], tyro.conf.arg(aliases=("--model",))] = "meta-llama/Meta-Llama-3-8B-Instruct"
+    """The policy to start from, also the reference: the one that wrote the responses. A local folder or a Hub id."""
+
+    loss: What[Literal["rebel", "dpo", "ipo", "simpo", "kto", "orpo", "sppo"]] = "rebel"
+    """Which loss; its hyper-parameters are the flags of its name, for example --rebel.eta."""
+    rebel: Rebel = Rebel()
+    dpo: Dpo = Dpo()
+    ipo: Ipo = Ipo()
+    simpo: Simpo = Simpo()
+    kto: Kto = Kto()
+    orpo: Orpo = Orpo()
+    sppo: Sppo = Sppo()
+    sft_weight: What[float] = 0.0
+    """Weight of the chosen response's mean negative log-prob per token, added to any loss."""
+
+    lr: What[float] = 3e-7
+    """Peak learning rate."""
+    warmup_ratio: What[float] = 0.1
+    """Share of the updates over which the learning rate rises; then it falls as a cosine to 0."""
+    optimizer: What[OptimizerName] = "adamw"
+    """adamw, or adam without weight decay."""
+    eps: What[float] = 1e-8
+    """Adam's epsilon."""
+    weight_decay: What[float] = 1e-6
+    """AdamW's weight decay."""
+    max_grad_norm: What[float | None] = None
+    """Clip the gradient of an update to this norm; None leaves it alone."""
+    batch_size: What[int] = 128
+    """Pairs per update, over all processes."""
+    epochs: What[float] = 1.0
+    """Passes over the pairs."""
+    total_episodes: What[int | None] = None
+    """Stop after this many pairs, if that is less than the epochs."""
+    temperature: Annotated[What[float | None], tyro.conf.arg(aliases=("--task.temperature",))] = None
+    """Sampling temperature of the responses; None takes it from the pairs' provenance."""
+    seed: What[int] = 555134
+    """Decides the order of the pairs."""
+
+    per_device_train_batch_size: How[int | None] = None
+    """At most this many pairs in one engine call; None leaves it to --micro_batch_tokens."""
+    micro_batch_tokens: How[int | None] = None
+    """At most this many tokens, padding included, in one engine call; None: 1 pair a call, or as the flag above says."""
+    gradient_accumulation_steps: How[int | None] = None
+    """Accepted for the tutorial's sake: refused unless it fits --batch_size; the plan of an update decides it."""
+    maxlen_prompt: Annotated[How[int | None], tyro.conf.arg(aliases=("--task.maxlen_prompt",))] = None
+    """Accepted for the tutorial's sake: the pairs know their lengths."""
+    maxlen: Annotated[How[int | None], tyro.conf.arg(aliases=("--task.maxlen",))] = None
+    """Accepted for the tutorial's sake: the pairs know their lengths."""
+    attn_implementation: How[models.Attention] = "auto"
+    """auto: flash_attention_2 where installed, else sdpa; nothing is ever downloaded."""
+    gradient_checkpointing: How[bool] = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    save_every: How[int] = 100
+    """Updates between checkpoints of the training state; 0: only at SIGTERM."""
+    keep_checkpoints: How[int] = 1
+    """How many checkpoints to keep."""
+    eval_every: How[int] = 100
+    """Updates between evaluations on the test split, and once at the end; 0: never."""
+    tensorboard: How[bool] = False
+    """Write TensorBoard files to <output_dir>/tensorboard as well."""
+    wandb: How[str | None] = None
+    """Name of a Weights & Biases project to report to as well."""
+    push_to: How[str | None] = None
+    """Push the finished policy to this Hub id, private unless --public."""
+    public: How[bool] = False
+    """Make what is pushed public."""
+    trust_remote_code: What[bool] = False
+    """Run the model repo's own Python code."""
+    run: RUN = RunFlags()
+
+
+LOSSES = ("rebel", "dpo", "ipo", "simpo", "kto", "orpo", "sppo")
+
+
+# What is to be done
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before a model is loaded."""
+
+    model: models.ModelRef
+    chat: Chat
+    train: PairData
+    test: PairData | None
+    train_source: storage.Source
+    temperature: float
+    temperature_from: str
+    updates: int
+    pairs_left_over: int
+    identity: dict[str, Any]
+
+
+def check_values(config: Config) -> None:
+    """Raise BadUse for values that can't be meant, before anything is read."""
+    for name in ("batch_size", "lr", "epochs"):
+        if getattr(config, name) <= 0:
+            raise BadUse(f"--{name} is {getattr(config, name)}; expected a number above 0.")
+    if config.temperature is not None and config.temperature <= 0:
+        raise BadUse(f"--temperature is {config.temperature}; expected a number above 0.")
+    steps, per_device = config.gradient_accumulation_steps, config.per_device_train_batch_size or 1
+    world = promised_world_size()
+    if steps is not None and steps * per_device * world != config.batch_size:
+        raise BadUse(
+            f"--gradient_accumulation_steps {steps} x {per_device} pairs x {world} processes is "
+            f"{steps * per_device * world}, --batch_size is {config.batch_size}: drop the former, "
+            "or make the product fit."
+        )
+    for name in LOSSES:
+        if name != config.loss and getattr(config, name) != type(getattr(config, name))():
+            raise BadUse(f"a --{name} flag is set, but --loss is {config.loss}: drop the flag, or pass --loss {name}.")
+
+
+def make_plan(config: Config) -> Plan:
+    """Resolve and check inputs. Raises BadUse with one sentence for what can't be trained on."""
+    model = models.resolve_model(config.base_model, flag="--base_model")
+    chat = Chat.load(model.folder)
+    source = storage.open_source(config.input_repo, flag="--input_repo", split="train")
+    check_same_tokenizer(source, chat, config.base_model)
+    train = load_pairs(source, pad_id=chat.pad_id, end_ids=chat.end_ids)
+    test = None
+    if {"test", "test_prefs"} & set(source.splits):
+        test_source = storage.open_source(config.input_repo, flag="--input_repo", split="test")
+        test = load_pairs(test_source, pad_id=chat.pad_id, end_ids=chat.end_ids)
+    if getattr(config, config.loss).needs_all_rewards and train.rewards is None:
+        raise BadUse(
+            f"--loss {config.loss} needs the column rewards, which {config.input_repo} lacks: filter writes it."
+        )
+    updates, left_over = count_updates(len(train), config)
+    temperature, temperature_from = choose_temperature(config, source)
+    inputs = {"pairs": source.fingerprint, "model": models.fingerprint(model)}
+    what = {**what_fields(config), "temperature": temperature}
+    for name in ("input_repo", "output_dir", "base_model"):
+        del what[name]
+    what = {
+        name: value for name, value in what.items() if name.split(".")[0] in {config.loss, *(set(what) - set(LOSSES))}
+    }
+    identity = {"command": "train", "what": what, "inputs": inputs}
+    return Plan(model, chat, train, test, source, temperature, temperature_from, updates, left_over, identity)
+
+
+def check_same_tokenizer(source: storage.Source, chat: Chat, model: str) -> None:
+    """Raise BadUse if the pairs were tokenized by another tokenizer or chat template than the model's."""
+    made_with = (source.provenance or {}).get("chat")
+    if made_with is None:
+        return
+    ours = chat.describe()
+    for key, word in (("tokenizer_hash", "tokenizer"), ("template_hash", "chat template")):
+        if made_with[key] != ours[key]:
+            raise BadUse(
+                f"{source.name} was tokenized with another {word} ({made_with[key][:12]}) than that of --base_model "
+                f"{model} ({ours[key][:12]}): run filter with --model {model}, or train the model that filter was given."
+            )
+
+
+def choose_temperature(config: Config, source: storage.Source) -> tuple[float, str]:
+    """(temperature, where it comes from): the flag, the pairs' provenance, else the tutorial's 0.8."""
+    if config.temperature is not None:
+        return config.temperature, "--temperature"
+    sampling = (source.provenance or {}).get("sampling")
+    if sampling is not None and sampling["temperature"]:
+        return float(sampling["temperature"]), "the pairs' provenance"
+    return TUTORIAL_TEMPERATURE, "the tutorial (the pairs don't say)"
+
+
+def count_updates(pairs: int, config: Config) -> tuple[int, int]:
+    """(updates, pairs in the incomplete last one, which is dropped). Raises BadUse for fewer pairs than one update."""
+    seen = int(pairs * config.epochs)
+    if config.total_episodes is not None:
+        seen = min(seen, config.total_episodes)
+    if seen < config.batch_size:
+        raise BadUse(
+            f"{config.input_repo} gives {seen} pairs, fewer than one update of {config.batch_size}: "
+            f"pass --batch_size {max(1, seen)} or less, or more pairs."
+        )
+    return seen // config.batch_size, seen % config.batch_size
+
+
+def print_plan(plan: Plan, config: Config) -> None:
+    lengths = plan.train.lengths()
+    margins = plan.train.margins()
+    say(f"pairs      {plan.train_source.ref}: {len(plan.train):,} train, {len(plan.test or []):,} test")
+    say(f"tokens     {lengths.sum():,} with their prompts, longest {lengths.max():,}")
+    say(f"model      {plan.model.text} -> {config.output_dir}")
+    say(f"updates    {plan.updates} of {config.batch_size} pairs; {plan.pairs_left_over} pairs left over are dropped")
+    say(
+        f"loss       {config.loss}, learning rate {config.lr:g}, temperature {plan.temperature:g} from {plan.temperature_from}"
+    )
+    say(f"margin     mean {margins.mean():.4g}, largest {margins.max():.4g} reward units")
+
+
+# Work
+
+
+def resolve_loss(config: Config, margins: npt.NDArray[np.float64]) -> Loss:
+    """The loss to train with; REBEL's eta from its target gap, if that was given. Says what it asks of the policy."""
+    loss: Loss = getattr(config, config.loss)
+    if not isinstance(loss, Rebel):
+        return loss
+    if loss.target_gap is not None:
+        if margins.mean() <= 0:
+            raise BadUse(f"--rebel.target_gap needs a positive mean reward_margin; here it is {margins.mean():.4g}.")
+        loss = dataclasses.replace(loss, eta=loss.target_gap / float(margins.mean()), target_gap=None)
+    say(
+        f"eta        {loss.eta:.6g}: eta x mean margin asks for a log_ratio_gap of {loss.eta * margins.mean():.4g} nats"
+    )
+    return loss
+
+
+def with_reference(engine: Engine, plan: Plan, config: Config, loss: Loss) -> dict[str, Split]:
+    """{split: pairs and reference}; the reference is the policy itself, asked before its first update."""
+    data = {"train": plan.train} | ({"test": plan.test} if plan.test else {})
+    if not loss.needs_reference:
+        return {name: Split(pairs, None) for name, pairs in data.items()}
+    mismatched = {name: mismatch(pairs) for name, pairs in data.items()} if loss.needs_mismatched else {}
+    folder = Path(config.output_dir)
+    logps = reference_logps(
+        engine,
+        data | {f"mismatched_{name}": pairs for name, pairs in mismatched.items()},
+        folder / "reference",
+        {"inputs": plan.identity["inputs"], "temperature": plan.temperature},
+        temperature=plan.temperature,
+        limits=limits_of(config),
+        untouched=checkpoints.latest(folder / "checkpoints") is None,
+    )
+    return {
+        name: Split(pairs, logps[name], mismatched.get(name), logps.get(f"mismatched_{name}"))
+        for name, pairs in data.items()
+    }
+
+
+def train_policy(engine: Engine, plan: Plan, config: Config, loss: Loss, splits: dict[str, Split]) -> None:
+    """The loop: from the newest checkpoint, if any, to the last update."""
+    folder = Path(config.output_dir)
+    saved = folder / "checkpoints"
+    order = order_of_rows(len(plan.train), plan.updates, config.batch_size, config.seed)
+    done = checkpoints.updates_done(saved)
+    metrics = Metrics(folder / "metrics.jsonl", after=done, tensorboard=config.tensorboard, wandb=config.wandb)
+    engine.model.train()
+    for update in checkpoints.updates(
+        engine.accelerator, saved, plan.updates, save_every=config.save_every, keep=config.keep_checkpoints
+    ):
+        started = time.monotonic()
+        lr = learning_rate(update, plan.updates, peak=config.lr, warmup_ratio=config.warmup_ratio)
+        set_learning_rate(engine.optimizer, lr)
+        numbers = {"update": update + 1, "lr": lr}
+        numbers |= run_update(engine, splits["train"], order[update], plan, config, loss)
+        checkpoints.check_finite(numbers, saved)
+        seconds = time.monotonic() - started
+        numbers["pairs_per_second"] = config.batch_size / seconds
+        numbers["tokens_per_second"] = float(plan.train.lengths()[order[update]].sum()) / seconds
+        if evaluation_is_due(update + 1, plan, config):
+            numbers |= evaluate(engine, splits["test"], plan, config, loss)
+        metrics.write(numbers)
+
+
+def evaluation_is_due(update: int, plan: Plan, config: Config) -> bool:
+    if plan.test is None or not config.eval_every:
+        return False
+    return update == plan.updates or update % config.eval_every == 0
+
+
+def run_update(
+    engine: Engine, split: Split, indices: npt.NDArray[np.int64], plan: Plan, config: Config, loss: Loss
+) -> dict[str, float]:
+    """One optimizer step on the pairs `indices`. Returns the means of WATCHED over them and the gradient norm."""
+    limits = limits_of(config)
+    calls = plan_calls(
+        split.data.lengths()[indices],
+        world_size=engine.world_size,
+        max_pairs=limits.max_pairs,
+        max_tokens=limits.max_tokens,
+    )
+    mismatched = mismatched_log_ratio(engine, split, indices, temperature=plan.temperature, limits=limits)
+    sums = torch.zeros(len(WATCHED), dtype=torch.float64, device=engine.device)
+
+    def loss_of(call: MicroBatch) -> torch.Tensor:
+        rows = indices[list(call.indices)].tolist()
+        pairs = as_pairs(split, rows, pair_logps(engine, split.data, rows, plan.temperature), mismatched)
+        losses = with_sft_term(loss(pairs), pairs, config.sft_weight)
+        sums.add_(watch(pairs, losses) * call.weight)
+        return losses.sum() * (call.weight / len(indices))
+
+    norm = one_update(engine, calls[engine.rank], loss_of, max_grad_norm=config.max_grad_norm)
+    return means(sum_over_ranks(engine.accelerator, sums), len(indices), loss) | {"grad_norm": norm}
+
+
+WATCHED = (
+    "loss",
+    "log_ratio_gap",
+    "reward_margin",
+    "accuracy",
+    "chosen_log_ratio",
+    "rejected_log_ratio",
+    "chosen_logp",
+    "rejected_logp",
+    "chosen_length",
+    "rejected_length",
+)
+"""Per-pair quantities whose means are written for every update; docs/metrics.md explains each."""
+
+
+def watch(pairs: Pairs, losses: torch.Tensor) -> torch.Tensor:
+    """(len(WATCHED),) float64 sums over the pairs of a micro-batch; log-ratios are 0 for a loss without a reference."""
+    chosen = rejected = torch.zeros_like(losses)
+    gap = pairs.chosen_logp - pairs.rejected_logp
+    if pairs.chosen_reference_logp is not None:
+        chosen, rejected, gap = pairs.chosen_log_ratio, pairs.rejected_log_ratio, pairs.log_ratio_gap
+    columns = (
+        losses,
+        gap,
+        pairs.reward_margin,
+        (gap > 0).float(),
+        chosen,
+        rejected,
+        pairs.chosen_logp,
+        pairs.rejected_logp,
+        pairs.chosen_length,
+        pairs.rejected_length,
+    )
+    return torch.stack([column.detach().double().sum() for column in columns])
+
+
+def means(sums: torch.Tensor, pairs: int, loss: Loss) -> dict[str, float]:
+    numbers = {name: value / pairs for name, value in zip(WATCHED, sums.tolist(), strict=True)}
+    if isinstance(loss, Rebel):
+        numbers["target_gap"] = loss.eta * numbers["reward_margin"]
+    return numbers
+
+
+def evaluate(engine: Engine, split: Split, plan: Plan, config: Config, loss: Loss) -> dict[str, float]:
+    """Loss, gap and accuracy on the test split."""
+    every, limits = np.arange(len(split.data)), limits_of(config)
+    mismatched = mismatched_log_ratio(engine, split, every, temperature=plan.temperature, limits=limits)
+    logps = torch.from_numpy(
+        split_logps(engine, split.data, every, temperature=plan.temperature, limits=limits)
+    ).float()
+    pairs = as_pairs(split, every.tolist(), (logps[:, 0], logps[:, 1]), mismatched)
+    losses = with_sft_term(loss(pairs), pairs, config.sft_weight)
+    numbers = means(watch(pairs, losses), len(every), loss)
+    return {f"test_{name}": numbers[name] for name in ("loss", "log_ratio_gap", "accuracy")}
+
+
+def limits_of(config: Config) -> Limits:
+    per_device = config.per_device_train_batch_size
+    if per_device is None and config.micro_batch_tokens is None:
+        per_device = 1
+    return Limits(per_device, config.micro_batch_tokens)
+
+
+# Recipe
+
+
+def main(config: Config) -> Path:
+    check_values(config)
+    plan = make_plan(config)
+    print_plan(plan, config)
+    folder = Path(config.output_dir)
+    state = storage.run_state(folder, plan.identity, overwrite=config.run.overwrite)
+    say(f"output     {folder}: {state}")
+    if config.run.check or state == "done":
+        return folder
+    with storage.run_lock(folder) if is_main() else contextlib.nullcontext():
+        started = time.monotonic()
+        if is_main():
+            storage.start_run(folder, plan.identity, overwrite=config.run.overwrite)
+        engine = load(make_accelerator(max_grad_norm=config.max_grad_norm), plan, config)
+        loss = resolve_loss(config, plan.train.margins())
+        splits = with_reference(engine, plan, config, loss)
+        train_policy(engine, plan, config, loss, splits)
+        save(engine, plan, config, loss)
+        say(f"done in {duration(time.monotonic() - started)}: {folder}")
+        clean_exit(engine.accelerator)
+    return folder
+
+
+def load(accelerator: Accelerator, plan: Plan, config: Config) -> Engine:
+    """The policy and its optimizer, ready for this launch."""
+    path = models.fetch_weights(plan.model, flag="--base_model")
+    trust = config.trust_remote_code
+    attention = models.choose_attention(
+        config.attn_implementation,
+        models.load_config(path, trust_remote_code=trust),
+        half_precision=accelerator.mixed_precision == "bf16",
+    )
+    model = models.load_policy(
+        path, dtype=load_dtype(accelerator), attn_implementation=attention, trust_remote_code=trust
+    )
+    install(model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = make_optimizer(
+        model.parameters(),
+        lr=config.lr,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        kind=config.optimizer,
+    )
+    say_launch(accelerator, attention)
+    return Engine(accelerator, *accelerator.prepare(model, optimizer))
+
+
+def save(engine: Engine, plan: Plan, config: Config, loss: Loss) -> None:
+    """Write the policy, then its provenance; then the training state is no longer needed."""
+    folder = Path(config.output_dir)
+    state_dict = engine.accelerator.get_state_dict(engine.model)
+
+    def write() -> None:
+        start = models.fetch_weights(plan.model, flag="--base_model")
+        models.save_policy(engine.accelerator.unwrap_model(engine.model), state_dict, start=start, folder=folder)
+        made = describe_policy(engine.accelerator, plan, config, loss)
+        storage.finish_run(folder, plan.identity, made, policy_card(made, plan, folder))
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+    main_process_first(engine.accelerator, write)
+
+
+def describe_policy(accelerator: Accelerator, plan: Plan, config: Config, loss: Loss) -> dict[str, Any]:
+    return provenance.describe(
+        command="train",
+        config={name: value for name, _, value in fields_with_roles(config)},
+        inputs={
+            "pairs": provenance.describe_source(plan.train_source),
+            "model": {"ref": plan.model.text, "fingerprint": plan.identity["inputs"]["model"]},
+        },
+        rows_in=len(plan.train),
+        rows_out=plan.updates * config.batch_size,
+        dropped={"left over after the last whole update": plan.pairs_left_over},
+        engine=describe_launch(accelerator),
+        loss={"name": config.loss, **dataclasses.asdict(loss)},
+        temperature=plan.temperature,
+        chat=plan.chat.describe(),
+    )
+
+
+def policy_card(made: dict[str, Any], plan: Plan, folder: Path) -> str:
+    last = read_metrics(folder / "metrics.jsonl")[-1]
+    facts = {"loss": made["loss"], "temperature": made["temperature"], "after the last update": last}
+    return provenance.model_card(title=f"Policy trained from {plan.model.text}", provenance=made, facts=facts)
+
+
+if __name__ == "__main__":
+    entry(main, Config)
