@@ -4,7 +4,7 @@ Reads conversations that end with an assistant turn (column messages), or prompt
 folder. Starts from a checkpoint, or with --fresh from random weights for a config.
 
     accelerate launch --config_file accelerate_cfgs/deepspeed_config_stage_3.yaml --num_processes 8 \\
-        -m rlhf_pipeline.sft --base_model meta-llama/Meta-Llama-3-8B --input_repo OWNER/demonstrations --output_dir runs/a/sft
+        -m rlhf_pipeline.sft --base_model meta-llama/Meta-Llama-3-8B --input_repo OWNER/demos --output_dir runs/a/sft
 """
 
 from __future__ import annotations
@@ -140,6 +140,16 @@ PLACES = ("input_repo", "output_dir", "base_model", "chat_template")
 """Fields that name things: what they hold counts, by its fingerprint, not what they are called."""
 
 
+def check_pending(config: Config, pending: dict[str, int]) -> None:
+    """`--check` where an earlier stage has still to write the data or the model: what is there must be right."""
+    if config.base_model not in pending:
+        models.resolve_model(config.base_model, flag="--base_model", weights=not config.fresh)
+    if config.input_repo not in pending:
+        storage.open_source(config.input_repo, flag="--input_repo", split=config.split)
+    say(f"pending    {', '.join(f'{ref} ({rows:,} rows)' for ref, rows in pending.items())}")
+    say(f"model      {config.base_model} -> {config.output_dir}")
+
+
 def print_plan(plan: Plan, config: Config) -> None:
     say(f"data       {plan.source.ref}: {len(plan.data):,} responses to learn from {plan.data.rows:,} rows")
     for reason, count in plan.data.dropped.items():
@@ -203,6 +213,10 @@ def run_update(
 
 
 def main(config: Config) -> Path:
+    pending = config.run.pending_rows()
+    if config.run.check and {config.input_repo, config.base_model} & pending.keys():
+        check_pending(config, pending)
+        return Path(config.output_dir)
     plan = make_plan(config)
     print_plan(plan, config)
     folder = Path(config.output_dir)

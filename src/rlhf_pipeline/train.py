@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 import tyro
 
-from rlhf_pipeline.core import checkpoints, models, provenance, storage
+from rlhf_pipeline.core import checkpoints, losses, models, provenance, storage
 from rlhf_pipeline.core.batches import MicroBatch, order_of_rows, plan_calls
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import (
@@ -127,7 +127,7 @@ class Config:
     per_device_train_batch_size: How[int | None] = None
     """At most this many pairs in one engine call; None leaves it to --micro_batch_tokens."""
     micro_batch_tokens: How[int | None] = None
-    """At most this many tokens, padding included, in one engine call; None: 1 pair a call, or as the flag above says."""
+    """At most this many tokens, padding included, in one engine call; None and None above: one pair a call."""
     gradient_accumulation_steps: How[int | None] = None
     """Accepted for the tutorial's sake: refused unless it fits --batch_size; the plan of an update decides it."""
     maxlen_prompt: Annotated[How[int | None], tyro.conf.arg(aliases=("--task.maxlen_prompt",))] = None
@@ -184,6 +184,8 @@ def check_values(config: Config) -> None:
     for name in ("batch_size", "lr", "epochs"):
         if getattr(config, name) <= 0:
             raise BadUse(f"--{name} is {getattr(config, name)}; expected a number above 0.")
+    if config.sft_weight < 0:
+        raise BadUse(f"--sft_weight is {config.sft_weight}; expected 0 or more.")
     if config.temperature is not None and config.temperature <= 0:
         raise BadUse(f"--temperature is {config.temperature}; expected a number above 0.")
     steps, per_device = config.gradient_accumulation_steps, config.per_device_train_batch_size or 1
@@ -196,7 +198,8 @@ def check_values(config: Config) -> None:
         )
     for name in LOSSES:
         if name != config.loss and getattr(config, name) != type(getattr(config, name))():
-            raise BadUse(f"a --{name} flag is set, but --loss is {config.loss}: drop the flag, or pass --loss {name}.")
+            raise BadUse(f"a --{name} flag is set, but --loss is {config.loss}: drop it, or pass --loss {name}.")
+    losses.check_values(getattr(config, config.loss), f"--{config.loss}")
 
 
 def make_plan(config: Config) -> Plan:
@@ -237,7 +240,7 @@ def check_same_tokenizer(source: storage.Source, chat: Chat, model: str) -> None
         if made_with[key] != ours[key]:
             raise BadUse(
                 f"{source.name} was tokenized with another {word} ({made_with[key][:12]}) than that of --base_model "
-                f"{model} ({ours[key][:12]}): run filter with --model {model}, or train the model that filter was given."
+                f"{model} ({ours[key][:12]}): run filter with --model {model}, or train the model that filter had."
             )
 
 
@@ -271,10 +274,21 @@ def print_plan(plan: Plan, config: Config) -> None:
     say(f"tokens     {lengths.sum():,} with their prompts, longest {lengths.max():,}")
     say(f"model      {plan.model.text} -> {config.output_dir}")
     say(f"updates    {plan.updates} of {config.batch_size} pairs; {plan.pairs_left_over} pairs left over are dropped")
-    say(
-        f"loss       {config.loss}, learning rate {config.lr:g}, temperature {plan.temperature:g} from {plan.temperature_from}"
-    )
+    say(f"loss       {config.loss}, learning rate {config.lr:g}")
+    say(f"temperature {plan.temperature:g} from {plan.temperature_from}")
     say(f"margin     mean {margins.mean():.4g}, largest {margins.max():.4g} reward units")
+
+
+def check_pending(config: Config, pending: dict[str, int]) -> None:
+    """`--check` where an earlier stage has still to write the pairs or the policy: what is there must be right."""
+    if config.base_model not in pending:
+        models.resolve_model(config.base_model, flag="--base_model", chat_template=True)
+    if config.input_repo in pending:
+        updates, _ = count_updates(pending[config.input_repo], config)
+        say(f"pairs      {config.input_repo}: pending, at most {pending[config.input_repo]:,}, {updates} updates")
+    else:
+        storage.open_source(config.input_repo, flag="--input_repo")
+    say(f"model      {config.base_model} -> {config.output_dir}")
 
 
 # Work
@@ -365,9 +379,9 @@ def run_update(
     def loss_of(call: MicroBatch) -> torch.Tensor:
         rows = indices[list(call.indices)].tolist()
         pairs = as_pairs(split, rows, pair_logps(engine, split.data, rows, plan.temperature), mismatched)
-        losses = with_sft_term(loss(pairs), pairs, config.sft_weight)
-        sums.add_(watch(pairs, losses) * call.weight)
-        return losses.sum() * (call.weight / len(indices))
+        values = with_sft_term(loss(pairs), pairs, config.sft_weight)
+        sums.add_(watch(pairs, values) * call.weight)
+        return values.sum() * (call.weight / len(indices))
 
     norm = one_update(engine, calls[engine.rank], loss_of, max_grad_norm=config.max_grad_norm)
     return means(sum_over_ranks(engine.accelerator, sums), len(indices), loss) | {"grad_norm": norm}
@@ -388,14 +402,14 @@ WATCHED = (
 """Per-pair quantities whose means are written for every update; docs/metrics.md explains each."""
 
 
-def watch(pairs: Pairs, losses: torch.Tensor) -> torch.Tensor:
+def watch(pairs: Pairs, values: torch.Tensor) -> torch.Tensor:
     """(len(WATCHED),) float64 sums over the pairs of a micro-batch; log-ratios are 0 for a loss without a reference."""
-    chosen = rejected = torch.zeros_like(losses)
+    chosen = rejected = torch.zeros_like(values)
     gap = pairs.chosen_logp - pairs.rejected_logp
     if pairs.chosen_reference_logp is not None:
         chosen, rejected, gap = pairs.chosen_log_ratio, pairs.rejected_log_ratio, pairs.log_ratio_gap
     columns = (
-        losses,
+        values,
         gap,
         pairs.reward_margin,
         (gap > 0).float(),
@@ -424,8 +438,8 @@ def evaluate(engine: Engine, split: Split, plan: Plan, config: Config, loss: Los
         split_logps(engine, split.data, every, temperature=plan.temperature, limits=limits)
     ).float()
     pairs = as_pairs(split, every.tolist(), (logps[:, 0], logps[:, 1]), mismatched)
-    losses = with_sft_term(loss(pairs), pairs, config.sft_weight)
-    numbers = means(watch(pairs, losses), len(every), loss)
+    values = with_sft_term(loss(pairs), pairs, config.sft_weight)
+    numbers = means(watch(pairs, values), len(every), loss)
     return {f"test_{name}": numbers[name] for name in ("loss", "log_ratio_gap", "accuracy")}
 
 
@@ -441,6 +455,10 @@ def limits_of(config: Config) -> Limits:
 
 def main(config: Config) -> Path:
     check_values(config)
+    pending = config.run.pending_rows()
+    if config.run.check and {config.input_repo, config.base_model} & pending.keys():
+        check_pending(config, pending)
+        return Path(config.output_dir)
     plan = make_plan(config)
     print_plan(plan, config)
     folder = Path(config.output_dir)

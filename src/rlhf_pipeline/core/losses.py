@@ -49,7 +49,7 @@ class Pairs:
     rewards: Tensor | None = None
     """(B, N) rewards of all responses to the prompt, those two among them; NaN where one has none"""
     mismatched_log_ratio: float | None = None
-    """nats: mean over the whole update, on all ranks, of its prompts with the responses to others of them"""
+    """nats: the mean over the whole update, on all ranks, of its prompts with responses to other prompts"""
 
     @property
     def chosen_log_ratio(self) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 
 from rlhf_pipeline.core import hub
 from rlhf_pipeline.core.command import BadUse
-from rlhf_pipeline.core.files import read_json, sha256_of, sync_file, sync_folder
+from rlhf_pipeline.core.files import read_json, sha256_of, sync_file, sync_folder, write_json
 from rlhf_pipeline.core.provenance import fingerprint_model
 from rlhf_pipeline.core.storage import parse_ref
 
@@ -134,7 +134,7 @@ def draw_policy(config_folder: Path, folder: Path, *, seed: int) -> None:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(load_config(config_folder), dtype=torch.float32)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in _matching(config_folder, DESCRIPTION_FILES):
+    for name in files_matching(config_folder, DESCRIPTION_FILES):
         if name != CONFIG:
             shutil.copyfile(config_folder / name, folder / name)
     _save_weights(model, model.state_dict(), folder)
@@ -259,14 +259,14 @@ def save_policy(
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     _save_weights(model, _cast(state_dict, stored_dtype(start)), partial)
-    for name in _matching(start, DESCRIPTION_FILES):
+    for name in files_matching(start, DESCRIPTION_FILES):
         shutil.copyfile(start / name, partial / name)
     for path in partial.iterdir():
         sync_file(path)
 
     (folder / CONFIG).unlink(missing_ok=True)
     sync_folder(folder)
-    for name in _matching(folder, WEIGHT_FILES):
+    for name in files_matching(folder, WEIGHT_FILES):
         (folder / name).unlink()
     for name in sorted(os.listdir(partial), key=lambda name: name == CONFIG):
         if name == CONFIG:
@@ -276,7 +276,12 @@ def save_policy(
     sync_folder(folder)
 
 
-def _matching(folder: Path, patterns: Iterable[str]) -> list[str]:
+def add_to_config(folder: Path, values: Mapping[str, Any]) -> None:
+    """Add keys to a folder's config.json."""
+    write_json(folder / CONFIG, {**read_json(folder / CONFIG), **values})
+
+
+def files_matching(folder: Path, patterns: Iterable[str]) -> list[str]:
     return sorted({path.name for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 
 
@@ -298,10 +303,12 @@ def _save_weights(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], f
     """save_pretrained, which knows how in-memory names differ from those on disk, minus what it adds."""
     from transformers import GenerationConfig
 
-    own = model.generation_config
-    model.generation_config = GenerationConfig()  # saving a published one may raise, if it is inconsistent
+    own = getattr(model, "generation_config", None)  # a classifier has none
+    if own is not None:
+        model.generation_config = GenerationConfig()  # saving a published one may raise, if it is inconsistent
     try:
         model.save_pretrained(folder, state_dict=state_dict, max_shard_size="5GB")
     finally:
-        model.generation_config = own
+        if own is not None:
+            model.generation_config = own
     (folder / "generation_config.json").unlink(missing_ok=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from rlhf_pipeline.core import schema
+from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.storage import Source
 
@@ -42,6 +43,16 @@ class PairData:
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
+
+    def select(self, rows: Sequence[int]) -> PairData:
+        """The pairs `rows`, in that order."""
+
+        def taken(values: Any) -> Any:
+            if values is None:
+                return None
+            return values[list(rows)] if isinstance(values, np.ndarray) else [values[i] for i in rows]
+
+        return PairData(**{field.name: taken(getattr(self, field.name)) for field in fields(self)})
 
     def lengths(self) -> npt.NDArray[np.int64]:
         """(n, 2) tokens of prompt + chosen and of prompt + rejected."""
@@ -167,3 +178,48 @@ def _length_by_pad(block: Ids, pad_id: int, end_ids: frozenset[int], prompt: boo
     length = int(real[-1]) + 1 if len(real) else 0
     padded_with_end = pad_id in end_ids and not prompt and length < len(block)
     return length + int(padded_with_end)
+
+
+def load_comparisons(source: Source, chat: Chat) -> PairData:
+    """Pairs to learn a reward from: tokenized ones, or prompt, chosen and rejected as text or message lists.
+
+    Text pairs bring no rewards: theirs are NaN. Raises BadUse for a dataset that has neither.
+    """
+    if set(TOKENS) <= set(source.columns):
+        return load_pairs(source, pad_id=chat.pad_id, end_ids=chat.end_ids)
+    schema.require(source, ("chosen", "rejected"), written_by="filter", remedy="name pairs with chosen and rejected")
+    columns = [name for name in ("prompt_id", "prompt", "chosen", "rejected") if name in source.columns]
+    rows = [_as_texts(row, number, source.name) for number, row in enumerate(source.rows(columns))]
+    prompts = [prompt for prompt, _, _ in rows]
+    none = np.full(len(rows), np.nan)
+    unknown = np.full(len(rows), -1)
+
+    def ids(texts: list[str]) -> list[Ids]:
+        return [np.array(chat.response_ids(p, text), dtype=np.int32) for p, text in zip(prompts, texts, strict=True)]
+
+    return PairData(
+        prompt_ids=schema.make_prompt_ids(prompts),
+        chosen_index=unknown,
+        rejected_index=unknown,
+        prompt=[np.array(row, dtype=np.int32) for row in chat.encode_prompts(prompts)],
+        chosen=ids([chosen for _, chosen, _ in rows]),
+        rejected=ids([rejected for _, _, rejected in rows]),
+        chosen_reward=none,
+        rejected_reward=none,
+        rewards=None,
+        chosen_logp=None,
+        rejected_logp=None,
+    )
+
+
+def _as_texts(row: dict[str, Any], number: int, name: str) -> tuple[Any, str, str]:
+    """(prompt, chosen, rejected) of a row whose chosen and rejected are texts, or whole conversations."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    if isinstance(chosen, str) and isinstance(rejected, str) and row.get("prompt"):
+        return row["prompt"], chosen, rejected
+    if isinstance(chosen, list) and isinstance(rejected, list) and chosen[:-1] == rejected[:-1] and chosen[:-1]:
+        return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
+    raise BadUse(
+        f"row {number} of {name} is no pair: expected prompt, chosen and rejected as texts, or two conversations "
+        "that differ in their last turn alone."
+    )

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rlhf_pipeline.core.batches import collate, plan_calls
+from rlhf_pipeline.core.batches import Batch, collate, plan_calls
 from rlhf_pipeline.core.distributed import Engine, sum_over_ranks
 from rlhf_pipeline.core.logps import response_logps
 from rlhf_pipeline.core.losses import Pairs
@@ -50,18 +50,22 @@ def mismatch(data: PairData) -> PairData:
     return dataclasses.replace(data, chosen=turned(data.chosen), rejected=turned(data.rejected))
 
 
+def pair_batch(engine: Engine, data: PairData, indices: Sequence[int]) -> Batch:
+    """The b chosen, then the b rejected responses of `indices` with their prompts: (2b, T)."""
+    prompts = [data.prompt[i] for i in indices]
+    responses = [data.chosen[i] for i in indices] + [data.rejected[i] for i in indices]
+    return collate(prompts + prompts, responses, device=engine.device)
+
+
 def pair_logps(
     engine: Engine, data: PairData, indices: Sequence[int], temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(chosen, rejected) log-probs, each (b,) in nats, of the b pairs `indices`, in one engine call."""
-    prompts = [data.prompt[i] for i in indices]
-    responses = [data.chosen[i] for i in indices] + [data.rejected[i] for i in indices]
-    batch = collate(prompts + prompts, responses, device=engine.device)
-    chosen, rejected = response_logps(engine.model, batch, temperature).chunk(2)
+    logps = response_logps(engine.model, pair_batch(engine, data, indices), temperature)
+    chosen, rejected = logps.chunk(2)
     return chosen, rejected
 
 
-@torch.no_grad()
 def split_logps(
     engine: Engine,
     data: PairData,
@@ -72,6 +76,25 @@ def split_logps(
     advance: Callable[[int], None] = lambda count: None,
 ) -> Logps:
     """(len(indices), 2) log-probs of those pairs, spread over all ranks, the same on each."""
+    return split_pass(
+        engine, data, indices, lambda rows: pair_logps(engine, data, rows, temperature), limits=limits, advance=advance
+    )
+
+
+@torch.no_grad()
+def split_pass(
+    engine: Engine,
+    data: PairData,
+    indices: npt.NDArray[np.int64],
+    compute: Callable[[Sequence[int]], tuple[torch.Tensor, torch.Tensor]],
+    *,
+    limits: Limits,
+    advance: Callable[[int], None] = lambda count: None,
+) -> npt.NDArray[np.float64]:
+    """(len(indices), 2) of what `compute` says of the (chosen, rejected) of some rows, the same on each rank.
+
+    Collective; `compute` makes one engine call, and every rank makes as many of them.
+    """
     plan = plan_calls(
         data.lengths()[indices],
         world_size=engine.world_size,
@@ -81,10 +104,10 @@ def split_logps(
     result = torch.zeros(len(indices), 2, dtype=torch.float64, device=engine.device)
     was_training = engine.model.training
     engine.model.eval()
-    for turn, micro_batch in enumerate(plan[engine.rank]):
-        rows = list(micro_batch.indices)
-        chosen, rejected = pair_logps(engine, data, indices[rows].tolist(), temperature)
-        if micro_batch.weight:
+    for turn, call in enumerate(plan[engine.rank]):
+        rows = list(call.indices)
+        chosen, rejected = compute(indices[rows].tolist())
+        if call.weight:
             result[rows] = torch.stack([chosen, rejected], dim=1).double()
         advance(sum(len(rank[turn].indices) for rank in plan if rank[turn].weight))
     engine.model.train(was_training)

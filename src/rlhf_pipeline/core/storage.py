@@ -34,6 +34,7 @@ from rlhf_pipeline.core.files import (
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 PROVENANCE = "provenance.json"
 CARD = "README.md"
@@ -174,6 +175,14 @@ class Source:
         for table in self.tables(columns, size=size, start=start, stop=stop):
             yield table.to_pylist()
 
+    def prompt_ids(self) -> list[str]:
+        """The rows' prompt_id if it is there, unique and never null, else made from their prompts."""
+        if schema.PROMPT_ID in self.columns:
+            ids = [row[schema.PROMPT_ID] for row in self.rows([schema.PROMPT_ID])]
+            if None not in ids and len(set(ids)) == len(ids):
+                return ids
+        return schema.make_prompt_ids(row[schema.PROMPT] for row in self.rows([schema.PROMPT]))
+
     def rows(
         self, columns: Sequence[str] | None = None, *, start: int = 0, stop: int | None = None
     ) -> Iterator[dict[str, Any]]:
@@ -268,11 +277,25 @@ def _parquet_tables(
         if position + count <= start or position >= stop:
             continue
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(size, columns=list(columns)):
+            position, groups = _row_groups(file.metadata, position, start, stop)
+            for batch in file.iter_batches(size, row_groups=groups, columns=list(columns)):
                 low, high = max(start - position, 0), min(stop - position, batch.num_rows)
                 if low < high:
                     yield pa.Table.from_batches([batch.slice(low, high - low)]).select(list(columns))
                 position += batch.num_rows
+
+
+def _row_groups(metadata: pq.FileMetaData, position: int, start: int, stop: int) -> tuple[int, list[int]]:
+    """(row at which the first begins, row groups with rows of start..stop) of a file that begins at row `position`."""
+    begin, groups = position, []
+    for group in range(metadata.num_row_groups):
+        end = position + metadata.row_group(group).num_rows
+        if end > start and position < stop:
+            groups.append(group)
+        elif not groups:
+            begin = end
+        position = end
+    return begin, groups
 
 
 def _open_foreign(

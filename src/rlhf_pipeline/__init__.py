@@ -1,0 +1,1 @@
+"""A staged RLHF pipeline: generate, rank, filter, train. Every file beside this one is a command."""

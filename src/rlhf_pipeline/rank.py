@@ -1,0 +1,469 @@
+"""Stage 2: responses -> one reward for each.
+
+Reads generate's output (or any dataset with prompt, response_0, response_1, ...) and writes the same rows
+with response_{i}_reward, and the reason in response_{i}_reward_error where there is none.
+
+    python -m rlhf_pipeline.rank --input_repo ./runs/a/responses
+    python -m rlhf_pipeline.rank --input_repo ./runs/a/responses --reward_model ./my_reward.py:score
+    accelerate launch --num_processes 8 -m rlhf_pipeline.rank --input_repo ./runs/a/responses
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from rlhf_pipeline.core import preflight, provenance, reward_report, schema, scoring, storage
+from rlhf_pipeline.core.command import (
+    RUN,
+    BadUse,
+    How,
+    RunFlags,
+    What,
+    WorkFailed,
+    entry,
+    fields_with_roles,
+    what_fields,
+)
+from rlhf_pipeline.core.files import locked
+from rlhf_pipeline.core.progress import bar, duration, say
+from rlhf_pipeline.core.reward_models import Dtype, HeadDtype, Score, ScoringOptions, resolve_dtype
+from rlhf_pipeline.core.scoring import Combine, Scorer
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SPLIT = "train"
+MAX_BLOCK, MIN_BLOCK, BLOCKS = 512, 16, 64
+"""Rows of a block, which is one shard of the output and what a killed run loses at most: about a 64th of the
+rows.
+"""
+LISTED = 100
+"""Responses without a reward that provenance lists; all of them are in the dataset."""
+BYTES_PER_RESPONSE, BYTES_PER_REWARD = 4000, 320
+"""For the estimate of the output's size: text and ids; a reward with ArmoRM's objectives and coefficients."""
+CARRIED = ("sampling",)
+"""Parts of the input's provenance that later stages ask for."""
+REPORT_WAIT = 600.0
+"""Seconds that a worker waits for another that is writing the report of the finished set."""
+
+
+@dataclass(frozen=True)
+class Config:
+    input_repo: What[str]
+    """Responses to score: generate's output, a local folder or a Hub dataset."""
+    output_repo: What[str | None] = None
+    """Where to write the rewards. None: the input's name with _armo."""
+    reward_model: What[tuple[str, ...]] = ("RLHFlow/ArmoRM-Llama3-8B-v0.1",)
+    """ArmoRM, any sequence classifier with one label (folder or Hub id), or a function
+    package.module:function or ./file.py:function. Several make an ensemble."""
+    combine: What[Combine] = "mean"
+    """How the rewards of several models become one."""
+    num_responses: Annotated[What[int], tyro.conf.arg(aliases=("--pairs",))] = 5
+    """Responses per prompt to score."""
+    split: What[str] = "train"
+    """The input's split."""
+    objectives: What[bool] = True
+    """The named rewards behind a reward are kept: ArmoRM's objectives and their coefficients, an ensemble's
+    members. --no_objectives leaves them out."""
+    max_length: What[int | None] = None
+    """Longest conversation in tokens; a longer one gets no reward, never a cut. None: the model's window."""
+    dtype: What[Dtype] = "auto"
+    """Of the reward model's backbone. auto: bfloat16 on a GPU, float32 on a CPU."""
+    head_dtype: What[HeadDtype] = "float32"
+    """Of the layers that make the reward. bfloat16 gives the published ArmoRM code's rounding, and its
+    ties.
+    """
+    chat_template: What[str | None] = None
+    """File with a chat template to use instead of the reward model's own."""
+    trust_remote_code: What[bool] = False
+    """Run the reward model repo's own Python code. ArmoRM needs none."""
+
+    on_error: How[Literal["keep", "stop"]] = "keep"
+    """A response that can't be scored: keep it without a reward and with the reason, or stop the run."""
+    batch_tokens: How[int] = 32768
+    """Tokens of one batch, padding included; halved when the GPU's memory is too small."""
+    public: How[bool] = False
+    """Make an output on the Hub public."""
+    run: RUN = RunFlags()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before a model is loaded."""
+
+    source: storage.Source
+    output: storage.Ref
+    reward_models: tuple[scoring.RewardModel, ...]
+    options: ScoringOptions
+    blocks: tuple[range, ...]
+    engine: dict[str, Any]
+    identity: dict[str, Any]
+
+
+def check_values(config: Config) -> None:
+    """Raise BadUse for values that can't be meant, before anything is read."""
+    for name in ("num_responses", "batch_tokens", "max_length"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise BadUse(f"--{name} is {value}; expected 1 or more.")
+    if len(set(config.reward_model)) < len(config.reward_model) or not config.reward_model:
+        raise BadUse(f"--reward_model {' '.join(config.reward_model)}: expected different models, at least one.")
+
+
+def make_plan(config: Config) -> Plan:
+    """Resolve and check inputs. Raises BadUse with one sentence for what can't be ranked."""
+    source = storage.open_source(config.input_repo, flag="--input_repo", split=config.split)
+    schema.require(
+        source,
+        (schema.PROMPT, *map(schema.response, range(config.num_responses))),
+        written_by="generate",
+        remedy=f"lower --num_responses (now {config.num_responses})",
+    )
+    output = choose_output(config, source.ref)
+    preflight.check_writable(output.folder, flag="--output_repo")
+    reward_models = tuple(resolve(text, config) for text in config.reward_model)
+    options = ScoringOptions(
+        dtype=config.dtype,
+        head_dtype=config.head_dtype,
+        max_length=config.max_length,
+        batch_tokens=config.batch_tokens,
+        trust_remote_code=config.trust_remote_code,
+        device=choose_device() if any(model.model is not None for model in reward_models) else "cpu",
+    )
+    identity = identify(config, source, reward_models, options)
+    engine = scoring.describe_engine(reward_models, options, config.combine)
+    check_gpu_memory(reward_models, options)
+    preflight.check_disk(output.folder, estimate_bytes(source, config), flag="--output_repo")
+    return Plan(source, output, reward_models, options, tuple(cut(source.num_rows)), engine, identity)
+
+
+def identify(
+    config: Config,
+    source: storage.Source,
+    reward_models: Sequence[scoring.RewardModel],
+    options: ScoringOptions,
+) -> dict[str, Any]:
+    """What decides the rows: values and contents, not the names under which they are found."""
+    what = what_fields(config)
+    for name in ("input_repo", "output_repo", "reward_model", "chat_template"):
+        del what[name]
+    if any(model.model is not None for model in reward_models):
+        what["dtype"] = str(resolve_dtype(options)).removeprefix("torch.")
+    return {
+        "command": "rank",
+        "what": what,
+        "inputs": {
+            "responses": source.fingerprint,
+            "reward_models": [model.identity() for model in reward_models],
+        },
+    }
+
+
+def choose_device() -> str:
+    """This process's GPU, or the CPU."""
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def check_gpu_memory(reward_models: Sequence[scoring.RewardModel], options: ScoringOptions) -> None:
+    """Raise BadUse if this machine's processes outnumber its GPUs, or the weights don't fit into what is
+    free.
+    """
+    if options.device == "cpu":
+        return
+    folders = [model.model.folder for model in reward_models if model.model is not None]
+    weights = sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors"))
+    share = min(weights / preflight.visible_gpus()[0].total_memory, 0.95)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    preflight.check_gpus(processes, memory_share=share, flag="--num_processes")
+
+
+def estimate_bytes(source: storage.Source, config: Config) -> int:
+    """Of the output, roughly."""
+    responses = source.num_rows * config.num_responses
+    if source.folder is None:
+        return responses * BYTES_PER_RESPONSE
+    return sum(path.stat().st_size for path in source.folder.glob("data/*.parquet")) + responses * BYTES_PER_REWARD
+
+
+def cut(num_rows: int) -> Iterator[range]:
+    """Blocks of rows. A function of the number of rows alone: a restart, on any number of GPUs, finds the
+    same.
+    """
+    size = min(MAX_BLOCK, max(MIN_BLOCK, -(-num_rows // BLOCKS)))
+    for start in range(0, num_rows, size):
+        yield range(start, min(start + size, num_rows))
+
+
+def make_rows(batch: Sequence[dict[str, Any]], i: int) -> Iterator[dict[str, Any]]:
+    """What a scorer sees of response i of each prompt."""
+    for row in batch:
+        yield {
+            "prompt_id": row[schema.PROMPT_ID],
+            "prompt": row[schema.PROMPT],
+            "response": row[schema.response(i)],
+            "response_tokens": row.get(schema.response_tokens(i)),
+            "finish_reason": row.get(schema.response_finish_reason(i)),
+        }
+
+
+def choose_prompt_ids(source: storage.Source) -> list[str]:
+    """The source's prompt_id where it is there, unique and never null, else made from the prompts."""
+    if schema.PROMPT_ID in source.columns:
+        ids = [row[schema.PROMPT_ID] for row in source.rows([schema.PROMPT_ID])]
+        if None not in ids and len(set(ids)) == len(ids):
+            return ids
+    return schema.make_prompt_ids(row[schema.PROMPT] for row in source.rows([schema.PROMPT]))
+
+
+def with_rewards(
+    table: pa.Table, scores: Sequence[Sequence[Score]], objectives: Sequence[str], *, coefficients: bool
+) -> pa.Table:
+    """`table` with the reward columns of its responses, scores[i][row]; older columns of the same names are
+    replaced.
+    """
+    import pyarrow as pa
+
+    numbers = pa.struct([(name, pa.float64()) for name in objectives])
+    for i, column in enumerate(scores):
+        new = {
+            schema.response_reward(i): pa.array([score.reward for score in column], pa.float64()),
+            schema.response_reward_error(i): pa.array([score.error for score in column], pa.string()),
+        }
+        if objectives:
+            new[schema.response_objectives(i)] = pa.array([score.objectives for score in column], numbers)
+        if objectives and coefficients:
+            new[response_coefficients(i)] = pa.array([score.coefficients for score in column], numbers)
+        table = table.drop_columns([name for name in reward_columns(i) if name in table.column_names])
+        for name, values in new.items():
+            table = table.append_column(name, values)
+    return table
+
+
+def response_coefficients(i: int) -> str:
+    return f"response_{i}_coefficients"
+
+
+def reward_columns(i: int) -> tuple[str, ...]:
+    """Every column that rank may write for response i."""
+    return (
+        schema.response_reward(i),
+        schema.response_reward_error(i),
+        schema.response_objectives(i),
+        response_coefficients(i),
+    )
+
+
+def check_pending(config: Config, pending: dict[str, int]) -> Path:
+    """The plan of a run whose input or reward model an earlier stage is still to write."""
+    rows = pending.get(config.input_repo)
+    if rows is None:
+        rows = storage.open_source(config.input_repo, flag="--input_repo", split=config.split).num_rows
+    source = storage.parse_ref(config.input_repo, flag="--input_repo")
+    output = choose_output(config, source)
+    preflight.check_writable(output.folder, flag="--output_repo")
+    say(f"input      {source}: {rows:,} prompts, {rows * config.num_responses:,} responses to score")
+    for text in config.reward_model:
+        if text in pending:
+            say(f"reward     {text}: to be written by an earlier stage")
+        else:
+            model = resolve(text, config)
+            say(f"reward     {text}: {model.kind}, {model.fingerprint[:16]}")
+    say(f"output     {output}: absent")
+    return output.folder
+
+
+def resolve(text: str, config: Config) -> scoring.RewardModel:
+    return scoring.resolve_reward_model(
+        text, chat_template=config.chat_template, trust_remote_code=config.trust_remote_code
+    )
+
+
+def choose_output(config: Config, source: storage.Ref) -> storage.Ref:
+    if config.output_repo is None:
+        return storage.default_output(source, "_armo")
+    return storage.parse_ref(config.output_repo, flag="--output_repo", output=True)
+
+
+def print_plan(plan: Plan, config: Config) -> None:
+    source = plan.source
+    responses = source.num_rows * config.num_responses
+    say(f"input      {source.ref}: {source.num_rows:,} prompts, {responses:,} responses to score")
+    for model in plan.reward_models:
+        say(f"reward     {model.text}: {model.kind}, {model.fingerprint[:16]}")
+    if len(plan.reward_models) > 1:
+        say(f"ensemble   {config.combine} of {len(plan.reward_models)}")
+    more = schema.count_responses(source.columns) - config.num_responses
+    if more:
+        say(f"left out   {more} further responses per prompt: raise --num_responses to score them")
+    old = [name for i in range(config.num_responses) for name in reward_columns(i) if name in source.columns]
+    if old:
+        say(f"replaced   {', '.join(old)}, which the input has already")
+    folder = plan.output.folder
+    state = storage.existing_state(folder, plan.identity, overwrite=config.run.overwrite)
+    if state == "partial":
+        output = storage.Output(folder, plan.identity, done=False)
+        written = sum(output.has_shard(SPLIT, index) for index in range(len(plan.blocks)))
+        state = f"partial, {written} of {len(plan.blocks)} shards"
+    say(f"output     {plan.output}: {state}, about {preflight.gigabytes(estimate_bytes(source, config))}")
+
+
+# Work
+
+
+def score_block(scorer: Scorer, source: storage.Source, block: range, ids: Sequence[str], config: Config) -> pa.Table:
+    """One block's rows with their rewards. Raises WorkFailed for a response without one under --on_error
+    stop.
+    """
+    import pyarrow as pa
+
+    table = pa.concat_tables(source.tables(start=block.start, stop=block.stop))
+    table = with_prompt_ids(table, ids[block.start : block.stop])
+    batch = table.to_pylist()
+    rows = [row for i in range(config.num_responses) for row in make_rows(batch, i)]
+    flat = scorer.score(rows)
+    failed = next((j for j, score in enumerate(flat) if score.error is not None), None)
+    if failed is not None and config.on_error == "stop":
+        raise WorkFailed(
+            f"response {failed // len(batch)} of prompt {rows[failed]['prompt_id']} got no reward "
+            f"({flat[failed].error}), and --on_error is stop."
+        )
+    scores = [flat[i * len(batch) : (i + 1) * len(batch)] for i in range(config.num_responses)]
+    objectives = scorer.objectives if config.objectives else ()
+    return with_rewards(table, scores, objectives, coefficients=scorer.has_coefficients)
+
+
+def check_some_rewards(table: pa.Table, num_responses: int) -> None:
+    """Raise WorkFailed if no response of a run's first block has a reward: then it is not the rows that are
+    bad.
+    """
+    columns = [table.column(schema.response_reward(i)) for i in range(num_responses)]
+    if all(column.null_count == len(column) for column in columns):
+        reason = table.column(schema.response_reward_error(0))[0].as_py()
+        raise WorkFailed(f"none of the first {len(table) * num_responses} responses got a reward; the first: {reason}")
+
+
+def with_prompt_ids(table: pa.Table, ids: Sequence[str]) -> pa.Table:
+    import pyarrow as pa
+
+    if schema.PROMPT_ID in table.column_names:
+        table = table.drop_columns([schema.PROMPT_ID])
+    return table.add_column(0, schema.PROMPT_ID, pa.array(ids, pa.string()))
+
+
+def rank_blocks(plan: Plan, config: Config, output: storage.Output, worker: int, workers: int) -> None:
+    """Score this worker's blocks that are not there yet."""
+    mine = list(enumerate(plan.blocks))[worker::workers]
+    waiting = [(index, block) for index, block in mine if not output.has_shard(SPLIT, index)]
+    if not waiting:
+        return
+    scorer = scoring.load_scorers(plan.reward_models, plan.options, config.combine)
+    ids = choose_prompt_ids(plan.source)
+    total = sum(len(block) for _, block in mine) * config.num_responses
+    left = sum(len(block) for _, block in waiting) * config.num_responses
+    with bar(total, "responses", "rank", done=total - left) as advance:
+        for index, block in waiting:
+            table = score_block(scorer, plan.source, block, ids, config)
+            if index == waiting[0][0]:
+                check_some_rewards(table, config.num_responses)
+            output.write_shard(SPLIT, index, table)
+            advance(len(block) * config.num_responses)
+
+
+def publish_if_whole(plan: Plan, config: Config, output: storage.Output) -> str | None:
+    """Report on the finished set and publish it; returns where it is, None while other workers' blocks lack.
+
+    Of several workers that find the set whole one does this; for the others the shards are no longer here.
+    """
+    with locked(output.final.with_name(f".{output.final.name}.report"), wait=REPORT_WAIT):
+        if not all(output.has_shard(SPLIT, index) for index in range(len(plan.blocks))):
+            return None
+        files = storage.shard_files(output.folder, "--output_repo")[SPLIT]
+        rewards = reward_report.read(files, config.num_responses)
+        report = reward_report.make(rewards, members=len(plan.reward_models) > 1)
+        print("\n".join(reward_report.lines(report)), flush=True)
+        made = describe(plan, config, report, rewards.errors[:LISTED])
+        output.publish(made, card(made, files[0], config))
+        return storage.deliver(plan.output)
+
+
+def describe(
+    plan: Plan, config: Config, report: dict[str, Any], unscored: Sequence[tuple[str, int, str]]
+) -> dict[str, Any]:
+    came_with = plan.source.provenance or {}
+    return provenance.describe(
+        command="rank",
+        config={name: value for name, _, value in fields_with_roles(config)},
+        inputs={
+            "responses": provenance.describe_source(plan.source),
+            **{
+                f"reward_model_{i}": {"ref": model.text, "kind": model.kind, "fingerprint": model.fingerprint}
+                for i, model in enumerate(plan.reward_models)
+            },
+        },
+        rows_in=plan.source.num_rows,
+        rows_out=plan.source.num_rows,
+        dropped={},
+        engine=plan.engine,
+        reward_report=report,
+        unscored=[{"prompt_id": prompt_id, "response": i, "reason": reason} for prompt_id, i, reason in unscored],
+        **{name: came_with[name] for name in CARRIED if name in came_with},
+    )
+
+
+COLUMNS = {
+    "response_{i}_reward": "the reward, float64; null where there is none",
+    "response_{i}_reward_error": "why there is none: kind, colon, details",
+    "response_{i}_objectives": "the named rewards behind the reward",
+    "response_{i}_coefficients": "how much each of them counts: reward = sum of objective x coefficient",
+}
+
+
+def card(made: dict[str, Any], shard: Path, config: Config) -> str:
+    import pyarrow.parquet as pq
+
+    written = pq.read_schema(shard).names
+    return provenance.card(
+        title=f"Rewards of {config.input_repo} by {', '.join(config.reward_model)}",
+        provenance=made,
+        splits=[SPLIT],
+        columns={name: text for name, text in COLUMNS.items() if name.format(i=0) in written},
+        facts=dict(line.split(": ", 1) for line in reward_report.lines(made["reward_report"])),
+    )
+
+
+def main(config: Config) -> Path:
+    check_values(config)
+    preflight.check_launch()
+    pending = config.run.pending_rows() if config.run.check else {}
+    if config.input_repo in pending or any(text in pending for text in config.reward_model):
+        return check_pending(config, pending)
+    plan = make_plan(config)
+    print_plan(plan, config)
+    folder = plan.output.folder
+    if config.run.check:
+        return folder
+    started = time.monotonic()
+    storage.prepare_delivery(plan.output, public=config.public, flag="--output_repo")
+    worker, workers = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    with storage.open_output(folder, plan.identity, overwrite=config.run.overwrite, worker=worker) as output:
+        if output.done:
+            say(f"done before: {folder}")
+            return folder
+        rank_blocks(plan, config, output, worker, workers)
+        where = publish_if_whole(plan, config, output)
+    if where is not None:
+        print(f"done in {duration(time.monotonic() - started)}: {where}", flush=True)
+    return folder
+
+
+if __name__ == "__main__":
+    entry(main, Config)

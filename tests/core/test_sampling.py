@@ -1,0 +1,355 @@
+"""Sampling: tokens of the right distribution, each response its own, the same from vLLM as from transformers.
+
+vLLM runs once, in a process of its own (it binds threads and changes torch for good): this file is that
+process too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_pipeline.core.command import BadUse
+from rlhf_pipeline.core.sampling import (
+    EngineOptions,
+    Request,
+    Sample,
+    SamplingSettings,
+    TransformersSampler,
+    VllmSampler,
+    bind_cores,
+)
+
+WINDOW = 128
+GREEDY = SamplingSettings(temperature=0.0, max_tokens=24)
+
+
+def make_prompts(count: int) -> list[tuple[int, ...]]:
+    """Prompts of 3 to 40 ids, no two alike; id 0 to 299 are text in the tiny vocabulary."""
+    return [(*((7 * i + 13 * j + j * j) % 300 for j in range(3 + i % 38)), i) for i in range(count)]
+
+
+def requests_for(prompts: Iterable[tuple[int, ...]], num_responses: int = 1) -> list[Request]:
+    pairs = [(prompt, p) for prompt in prompts for p in range(num_responses)]
+    return [Request(key, prompt, seed=50 * p) for key, (prompt, p) in enumerate(pairs)]
+
+
+def tokens_by_key(samples: Iterable[Sample]) -> dict[int, list[int]]:
+    return {sample.key: sample.token_ids for sample in samples}
+
+
+def stop_ids_of(folder: Path) -> tuple[int, ...]:
+    ids = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    return tuple(ids)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_policy: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_policy).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_policy: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_policy)
+
+
+def transformers_sampler(model: Any, tokenizer: Any, settings: SamplingSettings, **options: Any) -> TransformersSampler:
+    return TransformersSampler(model, tokenizer, settings, **{"max_model_len": WINDOW, **options})
+
+
+# transformers
+
+
+def test_greedy_tokens_equal_those_of_generate(model: Any, tokenizer: Any, tiny_policy: Path) -> None:
+    """Independent reference: transformers' own generate, one prompt at a time, stopping at the same ids."""
+    import torch
+
+    prompts, stops = make_prompts(24), stop_ids_of(tiny_policy)
+    settings = SamplingSettings(temperature=0.0, max_tokens=24, stop_ids=stops)
+    ours = tokens_by_key(transformers_sampler(model, tokenizer, settings).sample(requests_for(prompts)))
+    for key, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt])
+        whole = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, pad_token_id=0
+        )
+        assert ours[key] == whole[0, len(prompt) :].tolist()
+
+
+def top_p_distribution(probs: Any, top_p: float) -> dict[int, float]:
+    """The definition, token by token: take the most probable ones until they hold top_p, then renormalise."""
+    taken, mass = {}, 0.0
+    for index in sorted(range(len(probs)), key=lambda i: -probs[i]):
+        if mass >= top_p:
+            break
+        taken[index] = float(probs[index])
+        mass += taken[index]
+    return {index: value / mass for index, value in taken.items()}
+
+
+def test_draws_follow_the_top_p_distribution_exactly() -> None:
+    """At uniforms k/1000 + 1/2000 each token must come up 1000 times its probability, to within one count.
+
+    Row 0 is peaked and needs few tokens, row 1 is flat: its top-p set is far larger than the first look.
+    """
+    import torch
+
+    from rlhf_pipeline.core.decoding import FIRST_LOOK, draw
+
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(2, 900, generator=generator) * torch.tensor([[4.0], [0.3]])
+    probs = torch.softmax(logits, dim=1)
+    sizes = [len(top_p_distribution(row.tolist(), 0.9)) for row in probs]
+    assert sizes[0] < FIRST_LOOK < 8 * FIRST_LOOK < sizes[1]
+    uniforms = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    for row in probs:
+        drawn = Counter(draw(row.expand(1000, -1), uniforms, 0.9).tolist())
+        expected = top_p_distribution(row.tolist(), 0.9)
+        assert set(drawn) <= set(expected)
+        assert all(abs(drawn[token] - 1000 * share) <= 1 for token, share in expected.items())
+
+
+def test_draw_with_top_p_one_leaves_no_token_out() -> None:
+    """Probabilities 1/2, 1/4, 1/8, 1/8: the CDF's steps are at 0.5, 0.75 and 0.875."""
+    import torch
+
+    from rlhf_pipeline.core.decoding import draw
+
+    probs = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).expand(6, -1)
+    uniforms = torch.tensor([0.0, 0.4999, 0.5, 0.75, 0.875, 1 - 2**-53], dtype=torch.float64)
+    assert draw(probs, uniforms, 1.0).tolist() == [0, 0, 1, 2, 3, 3]
+
+
+def test_first_tokens_over_seeds_follow_temperature_and_top_p(model: Any, tokenizer: Any) -> None:
+    """Chi-square of 4000 one-token responses to one prompt against the model's own probabilities.
+
+    The statistic has mean k - 1 and standard deviation sqrt(2 (k - 1)) over k tokens; five of them is the
+    bound.
+    """
+    import torch
+
+    prompt, count = make_prompts(1)[0], 4000
+    settings = SamplingSettings(temperature=0.5, top_p=0.8, max_tokens=1)
+    requests = [Request(seed, prompt, seed) for seed in range(count)]
+    drawn = Counter(s.token_ids[0] for s in transformers_sampler(model, tokenizer, settings).sample(requests))
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt])).logits[0, -1].double()
+    expected = top_p_distribution(torch.softmax(logits / 0.5, dim=0).tolist(), 0.8)
+    assert set(drawn) <= set(expected)
+    chi_square = sum((drawn[t] - count * p) ** 2 / (count * p) for t, p in expected.items())
+    freedom = len(expected) - 1
+    assert freedom >= 5
+    assert abs(chi_square - freedom) < 5 * math.sqrt(2 * freedom)
+
+
+def test_a_response_does_not_depend_on_its_neighbours(model: Any, tokenizer: Any, tiny_policy: Path) -> None:
+    """Reversed, a seventh of them, in batches of 5, those of one length, alone: the same bits."""
+    settings = SamplingSettings(max_tokens=40, stop_ids=stop_ids_of(tiny_policy), token_logps=True)
+    requests = requests_for(make_prompts(40), num_responses=3)
+
+    def run(chosen: list[Request], **options: Any) -> dict[int, Sample]:
+        sampler = transformers_sampler(model, tokenizer, settings, **options)
+        return {sample.key: sample for sample in sampler.sample(chosen)}
+
+    together = run(requests)
+    assert len({tuple(sample.token_ids) for sample in together.values()}) > 110  # seeds and prompts matter
+    for other in (
+        run(requests[::-1]),
+        run(requests[::7]),
+        run(requests, max_num_seqs=5),
+        run([request for request in requests if len(request.prompt_ids) == 16]),  # a batch without padding
+        *(run([request]) for request in requests[:20:4]),
+    ):
+        assert all(sample == together[key] for key, sample in other.items())
+
+
+def test_equal_seeds_of_different_prompts_draw_at_different_quantiles(model: Any, tokenizer: Any) -> None:
+    """Response 0 of every prompt has seed 0. Were its noise the seed's alone, all first draws would lie in
+    one place of their distributions; their mean over 400 prompts must be near 1/2 (standard error 0.29 / 20).
+    """
+    import torch
+
+    from rlhf_pipeline.core.decoding import Row, _uniforms
+
+    draws = [_uniforms(Row(i, (i, i + 1), seed=0, max_tokens=1), 1) for i in range(400)]
+    values = torch.cat(draws)
+    assert abs(values.mean() - 0.5) < 5 * 0.29 / 20
+    assert values.unique().numel() == 400
+
+
+def test_token_logps_are_the_models_at_temperature_one(model: Any, tokenizer: Any) -> None:
+    import torch
+
+    settings = SamplingSettings(temperature=0.6, top_p=0.7, max_tokens=12, token_logps=True)
+    prompts = make_prompts(6)
+    for sample in transformers_sampler(model, tokenizer, settings).sample(requests_for(prompts)):
+        expected = reference_logps(model, prompts[sample.key], sample.token_ids)
+        assert sample.token_logps == pytest.approx(expected, abs=1e-5)
+        assert len(sample.token_ids) == 12
+    assert torch.is_grad_enabled()  # the sampler leaves no mode behind
+
+
+def reference_logps(model: Any, prompt: tuple[int, ...], token_ids: list[int]) -> list[float]:
+    """log_softmax of one forward pass over prompt and response, at the response's tokens."""
+    import torch
+
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *token_ids]])).logits[0].double()
+    logps = torch.log_softmax(logits[len(prompt) - 1 : -1], dim=1)
+    return [float(row[token]) for row, token in zip(logps, token_ids, strict=True)]
+
+
+def test_any_stop_id_ends_a_response_and_stays_in_its_tokens(model: Any, tokenizer: Any) -> None:
+    """Stop ids are taken from what greedy decoding emits third and fifth: it must end there, reason stop."""
+    prompts = make_prompts(4)
+    free = tokens_by_key(transformers_sampler(model, tokenizer, GREEDY).sample(requests_for(prompts)))
+    stops = (free[0][2], free[1][4])
+    settings = SamplingSettings(temperature=0.0, max_tokens=24, stop_ids=stops)
+    for sample in transformers_sampler(model, tokenizer, settings).sample(requests_for(prompts)):
+        whole = free[sample.key]
+        ends = [i for i, token in enumerate(whole) if token in stops]
+        expected = whole[: ends[0] + 1] if ends else whole
+        assert sample.token_ids == expected
+        assert sample.finish_reason == ("stop" if ends else "length")
+        kept = expected[:-1] if ends else expected
+        assert sample.text == tokenizer.decode(kept, skip_special_tokens=True)
+
+
+def test_the_window_ends_a_response(model: Any, tokenizer: Any) -> None:
+    """Prompt ids 3 + 1 and 40 + 1 long in a window of 50: 46 and 9 new tokens, both cut by length."""
+    prompts = [make_prompts(1)[0], make_prompts(38)[37]]
+    settings = SamplingSettings(temperature=0.0, max_tokens=1000)
+    samples = transformers_sampler(model, tokenizer, settings, max_model_len=50).sample(requests_for(prompts))
+    assert {sample.key: (len(sample.token_ids), sample.finish_reason) for sample in samples} == {
+        0: (46, "length"),
+        1: (9, "length"),
+    }
+
+
+def test_requests_are_taken_from_the_iterator_only_as_they_are_needed(model: Any, tokenizer: Any) -> None:
+    from rlhf_pipeline.core.sampling import LOOK_AHEAD
+
+    taken = 0
+
+    def endless() -> Iterable[Request]:
+        nonlocal taken
+        while True:
+            yield Request(taken, (1, 2, 3), taken)
+            taken += 1
+
+    settings = SamplingSettings(max_tokens=1)
+    next(iter(transformers_sampler(model, tokenizer, settings).sample(endless())))
+    assert taken <= LOOK_AHEAD
+
+
+def test_cores_are_bound_in_equal_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 2, 4, 6, 8})
+    assert bind_cores(2) == "0,2|4,6"
+    with pytest.raises(BadUse, match=r"--tensor_parallel_size 6 needs as many CPU cores; .* 5"):
+        bind_cores(6)
+
+
+# vLLM
+
+
+VLLM_PROMPTS = 100
+
+
+def run_vllm(folder: Path, output: Path) -> None:
+    """Everything the tests below look at, from one engine start per sampling setting that needs its own."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    options = EngineOptions(max_num_seqs=16)
+    sizes: dict[str, Any] = {"dtype": "float32", "max_model_len": WINDOW}
+    prompts = make_prompts(VLLM_PROMPTS)
+    settings = SamplingSettings(max_tokens=40, stop_ids=stop_ids_of(folder), token_logps=True)
+    sampler = VllmSampler(folder, tokenizer, settings, options, **sizes)
+    requests = requests_for(prompts, num_responses=5)
+    found: dict[str, Any] = {
+        "engine": sampler.engine,
+        "sampled": [asdict(sample) for sample in sampler.sample(iter(requests))],
+        "fewest_waiting": sampler.fewest_waiting,
+        "backwards": [asdict(sample) for sample in sampler.sample(requests[::-7])],
+    }
+    sampler.close()
+    sampler = VllmSampler(folder, tokenizer, GREEDY, options, **sizes)
+    found["greedy"] = [asdict(sample) for sample in sampler.sample(requests_for(prompts[:24]))]
+    sampler.close()
+    output.write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def vllm_run(
+    tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory, command_environment: dict[str, str]
+) -> dict[str, Any]:
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    output = tmp_path_factory.mktemp("vllm") / "found.json"
+    command = [sys.executable, __file__, str(tiny_policy), str(output)]
+    subprocess.run(command, env=command_environment, check=True, timeout=280)
+    found: dict[str, Any] = json.loads(output.read_text())
+    return found
+
+
+def test_vllm_completes_many_seeded_requests(vllm_run: dict[str, Any], tiny_policy: Path) -> None:
+    """100 prompts x 5 seeds: with chunked prefill, its default, vLLM's CPU build crashes on these."""
+    keys = [sample["key"] for sample in vllm_run["sampled"]]
+    assert sorted(keys) == list(range(5 * VLLM_PROMPTS))
+    stops = stop_ids_of(tiny_policy)
+    for sample in vllm_run["sampled"]:
+        assert (sample["token_ids"][-1] in stops) == (sample["finish_reason"] == "stop")
+        assert not set(sample["token_ids"][:-1]) & set(stops)
+        assert sample["finish_reason"] == "stop" or len(sample["token_ids"]) == 40
+    reasons = Counter(sample["finish_reason"] for sample in vllm_run["sampled"])
+    assert min(reasons["stop"], reasons["length"]) > 0
+
+
+def test_vllm_always_has_requests_waiting(vllm_run: dict[str, Any]) -> None:
+    assert vllm_run["fewest_waiting"] >= vllm_run["engine"]["max_num_seqs"] == 16
+
+
+def test_vllm_samples_do_not_depend_on_order_and_neighbours(vllm_run: dict[str, Any]) -> None:
+    sampled = {sample["key"]: sample["token_ids"] for sample in vllm_run["sampled"]}
+    backwards = vllm_run["backwards"]
+    assert len(backwards) == 72
+    assert all(sample["token_ids"] == sampled[sample["key"]] for sample in backwards)
+
+
+def test_vllm_logps_agree_with_transformers(vllm_run: dict[str, Any], model: Any) -> None:
+    prompts = make_prompts(VLLM_PROMPTS)
+    for sample in vllm_run["sampled"][::11]:
+        expected = reference_logps(model, prompts[sample["key"] // 5], sample["token_ids"])
+        assert sample["token_logps"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_vllm_greedy_equals_the_transformers_sampler(vllm_run: dict[str, Any], model: Any, tokenizer: Any) -> None:
+    """GREEDY has no stop ids: neither backend may add the generation config's on its own."""
+    ours = transformers_sampler(model, tokenizer, GREEDY).sample(requests_for(make_prompts(24)))
+    expected = {sample.key: asdict(sample) for sample in ours}
+    assert {sample["key"]: sample for sample in vllm_run["greedy"]} == expected
+
+
+def test_vllm_says_what_it_ran_with(vllm_run: dict[str, Any]) -> None:
+    engine = vllm_run["engine"]
+    assert engine["name"] == "vllm" and engine["version"].startswith("0.")
+    assert (engine["dtype"], engine["tensor_parallel_size"], engine["max_model_len"]) == (
+        "float32",
+        1,
+        WINDOW,
+    )
+
+
+if __name__ == "__main__":
+    run_vllm(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,286 @@
+"""rank as a command: what it writes, what it refuses, and that being killed or spread changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rlhf_pipeline import rank
+from rlhf_pipeline.core import storage
+from rlhf_pipeline.core.command import BadUse, WorkFailed, parse
+from rlhf_pipeline.core.schema import make_prompt_ids
+from tiny_reward_models import write_classifier
+
+N = 3
+NUM_ROWS = 40  # 3 blocks: 16, 16, 8
+COUNT_CHARACTERS = """
+def score(rows):
+    return [float(len(row["response"])) for row in rows]
+"""
+
+
+def responses_table(num_rows: int = NUM_ROWS, **changed: list[Any]) -> pa.Table:
+    columns: dict[str, list[Any]] = {
+        "prompt_id": [f"p{r}" for r in range(num_rows)],
+        "prompt": [f"List {r} birds." for r in range(num_rows)],
+        "category": ["birds"] * num_rows,
+    }
+    for i in range(N):
+        columns[f"response_{i}"] = ["crow " * (1 + (r * 7 + i * 5) % 11) for r in range(num_rows)]
+        columns[f"response_{i}_tokens"] = [[1] * (1 + (r * 7 + i * 5) % 11) for r in range(num_rows)]
+        columns[f"response_{i}_finish_reason"] = ["stop"] * num_rows
+    return pa.table(columns | changed)
+
+
+def write_responses(folder: Path, table: pa.Table, provenance: dict[str, Any] | None = None) -> Path:
+    with storage.open_output(folder, {"command": "generate"}, overwrite=False) as output:
+        output.write_shard("train", 0, table)
+        output.publish(provenance or {}, "# responses\n")
+    return folder
+
+
+@pytest.fixture
+def responses(tmp_path: Path) -> Path:
+    return write_responses(tmp_path / "responses", responses_table(), {"sampling": {"temperature": 0.8}})
+
+
+@pytest.fixture
+def function(tmp_path: Path) -> str:
+    path = tmp_path / "count.py"
+    path.write_text(COUNT_CHARACTERS)
+    return f"{path}:score"
+
+
+def config_for(responses: Path, reward_model: str, **values: Any) -> rank.Config:
+    return rank.Config(input_repo=str(responses), reward_model=(reward_model,), num_responses=N, **values)
+
+
+def read(folder: Path) -> pa.Table:
+    return pa.concat_tables(pq.read_table(path) for path in sorted(folder.glob("data/*.parquet")))
+
+
+def test_rows_come_back_in_order_with_a_reward_for_every_response(responses: Path, function: str) -> None:
+    """The default name is the tutorial's: the input's with _armo."""
+    folder = rank.main(config_for(responses, function))
+    assert folder == responses.with_name("responses_armo")
+    before, after = read(responses), read(folder)
+    assert after.select(before.column_names) == before
+    assert after.column_names[len(before.column_names) :] == [
+        name for i in range(N) for name in (f"response_{i}_reward", f"response_{i}_reward_error")
+    ]
+    for i in range(N):
+        lengths = [float(len(text)) for text in before.column(f"response_{i}").to_pylist()]
+        assert after.column(f"response_{i}_reward").to_pylist() == lengths
+        assert after.column(f"response_{i}_reward").type == pa.float64()
+        assert after.column(f"response_{i}_reward_error").null_count == NUM_ROWS
+
+
+def test_provenance_names_model_input_report_and_the_temperature_that_train_needs(
+    responses: Path, function: str
+) -> None:
+    """Characters are 5 a word and tokens 1, so reward and length correlate perfectly."""
+    folder = rank.main(config_for(responses, function))
+    made = json.loads((folder / "provenance.json").read_text())
+    assert made["inputs"]["responses"]["rows"] == made["rows_out"] == NUM_ROWS
+    assert made["engine"]["kind"] == "Python function"
+    assert made["sampling"] == {"temperature": 0.8}
+    report = made["reward_report"]
+    assert report["responses"] == NUM_ROWS * N and report["length_correlation"] == pytest.approx(1.0)
+    assert "correlation with length" in (folder / "README.md").read_text()
+
+
+def test_a_response_without_a_reward_is_null_with_its_reason_and_listed(responses: Path, tmp_path: Path) -> None:
+    path = tmp_path / "picky.py"
+    path.write_text("def score(rows):\n    return [1 / (len(row['response_tokens']) - 3) for row in rows]\n")
+    folder = rank.main(config_for(responses, f"{path}:score"))
+    table = read(folder)
+    expected = [
+        (f"p{r}", i)
+        for r in range(NUM_ROWS)
+        for i in range(N)
+        if len(table.column(f"response_{i}_tokens")[r].as_py()) == 3
+    ]
+    assert expected
+    unscored = json.loads((folder / "provenance.json").read_text())["unscored"]
+    assert [(item["prompt_id"], item["response"]) for item in unscored] == expected
+    for prompt_id, i in expected:
+        r = int(prompt_id[1:])
+        assert table.column(f"response_{i}_reward")[r].as_py() is None
+        assert table.column(f"response_{i}_reward_error")[r].as_py().startswith("ZeroDivisionError: ")
+    with pytest.raises(WorkFailed, match=r"response 0 of prompt p5 got no reward \(Zero.*--on_error is stop"):
+        rank.main(config_for(responses, f"{path}:score", output_repo=str(tmp_path / "other"), on_error="stop"))
+
+
+def test_a_reward_that_fails_everywhere_ends_the_run_at_its_first_block(responses: Path, tmp_path: Path) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text("def score(rows):\n    return [undefined for row in rows]\n")
+    with pytest.raises(WorkFailed, match=r"none of the first 48 responses got a reward; the first: NameError"):
+        rank.main(config_for(responses, f"{path}:score"))
+
+
+def test_missing_prompt_ids_are_made_and_rewards_of_another_model_replaced(tmp_path: Path, function: str) -> None:
+    table = responses_table(response_0_reward=[-1.0] * NUM_ROWS).drop_columns(["prompt_id"])
+    folder = rank.main(config_for(write_responses(tmp_path / "made_elsewhere", table), function))
+    ranked = read(folder)
+    assert ranked.column("prompt_id").to_pylist() == make_prompt_ids(table.column("prompt").to_pylist())
+    assert min(ranked.column("response_0_reward").to_pylist()) > 0
+    assert ranked.column_names.count("response_0_reward") == 1
+
+
+def test_the_same_run_again_does_nothing_and_another_is_refused_naming_the_flag(
+    responses: Path, function: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = rank.main(config_for(responses, function))
+    before = (folder / "provenance.json").stat().st_mtime_ns
+    rank.main(config_for(responses, function))
+    assert (folder / "provenance.json").stat().st_mtime_ns == before
+    assert "done before" in capsys.readouterr().out
+    Path(function.partition(":")[0]).write_text("def score(rows):\n    return [0.0] * len(rows)\n")
+    with pytest.raises(BadUse, match=r"another run .*reward_models.*--overwrite"):
+        rank.main(config_for(responses, function))
+    again = config_for(responses, function)
+    rank.main(dataclasses.replace(again, run=dataclasses.replace(again.run, overwrite=True)))
+    assert set(read(folder).column("response_0_reward").to_pylist()) == {0.0}
+
+
+def test_moved_input_and_model_are_the_same_run(responses: Path, function: str, tmp_path: Path) -> None:
+    """Contents decide, not names: this is what lets a run folder be moved."""
+    output = str(tmp_path / "rewards")
+    rank.main(config_for(responses, function, output_repo=output))
+    moved, script = tmp_path / "moved", tmp_path / "elsewhere" / "count.py"
+    responses.rename(moved)
+    script.parent.mkdir()
+    Path(function.partition(":")[0]).rename(script)
+    rank.main(config_for(moved, f"{script}:score", output_repo=output))
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (
+            {"num_responses": 5},
+            r"responses has no columns response_3, response_4 \(it has .*\)\. rlhf_pipeline\.generate writes it: "
+            r"pass generate's output, or lower --num_responses \(now 5\)\.",
+        ),
+        ({"reward_model": ("./nothing_here",)}, r"--reward_model \./nothing_here: no such folder"),
+        ({"reward_model": ("math:fsum", "math:fsum")}, "--reward_model .* expected different models"),
+        ({"split": "test"}, "has no split test; it has train: choose with --split"),
+        ({"num_responses": 0}, "--num_responses is 0; expected 1 or more"),
+        ({"input_repo": "./no_such_responses"}, r"--input_repo \./no_such_responses does not exist"),
+        ({"output_repo": "rewards"}, r"--output_repo rewards .*write \./rewards"),
+    ],
+)
+def test_what_cannot_be_ranked_is_refused_in_one_sentence(
+    responses: Path, function: str, values: dict[str, Any], sentence: str
+) -> None:
+    config = config_for(responses, function)
+    with pytest.raises(BadUse, match=sentence):
+        rank.main(dataclasses.replace(config, **values))
+    assert not responses.with_name("responses_armo").exists()
+
+
+def test_check_prints_the_plan_and_writes_nothing(
+    responses: Path, function: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_for(responses, function)
+    before = sorted(responses.parent.rglob("*"))
+    rank.main(dataclasses.replace(config, run=dataclasses.replace(config.run, check=True)))
+    out = capsys.readouterr().out
+    assert "40 prompts, 120 responses" in out and "responses_armo: absent" in out
+    assert sorted(path for path in responses.parent.rglob("*") if "__pycache__" not in path.parts) == before
+
+
+def test_check_takes_a_pending_input_and_a_pending_model_for_granted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = rank.Config(input_repo="./runs/a/responses", reward_model=("./runs/a/reward",))
+    pending = ("./runs/a/responses=600", "./runs/a/reward=0")
+    rank.main(dataclasses.replace(config, run=dataclasses.replace(config.run, check=True, pending=pending)))
+    assert "600 prompts, 3,000 responses" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["--input_repo", "a/b"],
+        ["--input-repo", "a/b", "--pairs", "5"],
+        ["--reward_model", "RLHFlow/ArmoRM-Llama3-8B-v0.1", "--input_repo", "a/b", "--num_responses", "5"],
+    ],
+)
+def test_the_tutorials_line_means_armorm_and_five_responses(line: list[str]) -> None:
+    config = parse(rank.Config, line)
+    assert (config.input_repo, config.num_responses) == ("a/b", 5)
+    assert config.reward_model == ("RLHFlow/ArmoRM-Llama3-8B-v0.1",)
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 17, 1000, 60_000])
+def test_blocks_hold_every_row_once_and_in_order(num_rows: int) -> None:
+    blocks = list(rank.cut(num_rows))
+    assert [row for block in blocks for row in block] == list(range(num_rows))
+    assert max(map(len, blocks)) <= rank.MAX_BLOCK
+
+
+# Real processes
+
+
+KILLED_IN_ITS_SECOND_BLOCK = """
+import os, pathlib, signal
+calls = pathlib.Path(__file__).with_name("calls")
+
+def score(rows):
+    with calls.open("a") as file:
+        file.write(f"{rows[0]['prompt_id']}\\n")
+    if "KILL" in os.environ and rows[0]["prompt_id"] == "p16":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [float(len(row["response"])) for row in rows]
+"""
+
+
+def test_a_killed_run_goes_on_where_it_stood(responses: Path, function: str, tmp_path: Path, run_command: Any) -> None:
+    expected = read(rank.main(config_for(responses, function, output_repo=str(tmp_path / "whole"))))
+    script, output = tmp_path / "killed.py", tmp_path / "killed"
+    script.write_text(KILLED_IN_ITS_SECOND_BLOCK)
+    command = ["rank", "--input_repo", responses, "--output_repo", output]
+    command += ["--reward_model", f"{script}:score", "--num_responses", N]
+    killed = run_command(*command, env={"KILL": "1"})
+    assert killed.returncode == -9 and not output.exists()
+    checked = run_command(*command, "--check")
+    assert checked.returncode == 0 and "partial, 1 of 3 shards" in checked.stdout
+    finished = run_command(*command)
+    assert finished.returncode == 0, finished.stderr
+    assert read(output) == expected
+    assert (tmp_path / "calls").read_text().split() == ["p0", "p16", "p16", "p32"]
+
+
+def test_two_processes_write_what_one_writes(
+    responses: Path, tmp_path: Path, command_environment: dict[str, str]
+) -> None:
+    """Bit for bit on a CPU in float32: blocks, and so batches, are the same however they are dealt."""
+    from conftest import run_process
+
+    model = write_classifier(tmp_path / "classifier")
+    expected = read(rank.main(config_for(responses, str(model), output_repo=str(tmp_path / "one"))))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [*launcher, "-m", "rlhf_pipeline.rank", "--input_repo", responses, "--num_responses", N]
+    command += ["--reward_model", model, "--output_repo", tmp_path / "two"]
+    done = run_process(command, command_environment)
+    assert done.returncode == 0, done.stderr
+    assert read(tmp_path / "two") == expected
+    assert len(set(expected.column("response_0_reward").to_pylist())) > 5
+    assert done.stdout.count("no reward: 0 of 120") == 1  # one of them reported and published
+
+
+def test_the_command_refuses_a_model_without_reward_head_in_one_sentence(
+    responses: Path, tiny_policy: Path, run_command: Any
+) -> None:
+    refused = run_command("rank", "--input_repo", responses, "--reward_model", tiny_policy, "--pairs", N)
+    assert refused.returncode == 2
+    assert "error: --reward_model" in refused.stderr and "has 2 labels" in refused.stderr
+    assert "Traceback" not in refused.stderr
