@@ -54,7 +54,7 @@ test: environment lint types ## lint, types and every test that is neither slow 
 test-slow: environment ## the slow tests: kills, restarts, many launches
 	$(VENV_PYTHON) -m pytest -m 'slow and not gpu'
 demo: environment ## a language model gets better by RLHF on this machine, in minutes
-	@PYTHON=$(VENV_PYTHON) scripts/tiny.sh
+	@PYTHON=$(VENV_PYTHON) RUN=runs/tiny scripts/tiny.sh
 clean: ## remove caches; .venv and runs/ stay
 	rm -rf .mypy_cache .pytest_cache .ruff_cache dist
 	find src tests scripts benchmarks -name __pycache__ -prune -exec rm -rf {} +

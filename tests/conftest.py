@@ -7,9 +7,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,22 +142,9 @@ def launch(command_environment: dict[str, str]) -> RunCommand:
     def run(
         num_processes: int, config_yaml: str | Path, command: str, *args: object, **options: Any
     ) -> subprocess.CompletedProcess[str]:
-        launcher: list[object] = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--mixed_precision",
-            "no",
-        ]
+        launcher: list[object] = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no"]
         launcher += ["--config_file", REPO / "accelerate_cfgs" / config_yaml]
-        launcher += [
-            "--num_processes",
-            num_processes,
-            "--main_process_port",
-            0,
-            "-m",
-            f"rlhf_pipeline.{command}",
-        ]
+        launcher += ["--num_processes", num_processes, "--main_process_port", 0, "-m", f"rlhf_pipeline.{command}"]
         return run_process([*launcher, *args], command_environment, **options)
 
     return run
@@ -171,20 +158,30 @@ def run_process(
     cwd: Path = REPO,
     timeout: float = 300,
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end. When time is over, the whole process group ends with it: TimeoutExpired."""
-    process = subprocess.Popen(
-        [str(part) for part in command],
-        env={**environment, **(env or {})},
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        stdout, stderr = process.communicate(timeout=timeout)
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        raise
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+    """Run to the end. When time is over, end it and all it has started: TimeoutExpired."""
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            env={**environment, **(env or {})},
+            cwd=cwd,
+            stdout=stdout,  # files: a rank that outlives its launcher would hold a pipe open for ever
+            stderr=stderr,
+            text=True,
+        )
+        try:
+            process.wait(timeout)
+        finally:
+            end_with_descendants(process)
+        stdout.seek(0)
+        stderr.seek(0)
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout.read(), stderr.read())
+
+
+def end_with_descendants(process: subprocess.Popen[str]) -> None:
+    """End a process that still runs, and what it has started (a launcher's ranks have sessions of their own)."""
+    if process.poll() is None:
+        import psutil
+
+        for running in [*psutil.Process(process.pid).children(recursive=True), process]:
+            running.kill()
+        process.wait()

@@ -12,6 +12,7 @@ they were sampled; where there is only text, the chat template encodes it.
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from rlhf_pipeline.core import pair_blocks, pair_tables, preflight, provenance, schema, storage
+from rlhf_pipeline.core import pair_blocks, pair_report, pair_tables, preflight, provenance, schema, storage
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import (
     RUN,
@@ -45,12 +46,12 @@ SHARD_ROWS = 4096
 """Pairs of one published file."""
 SKIPPED = "skipped.jsonl"
 CHAT_KEYS = {
-    "tokenizer_hash": "tokenizer",
-    "template_hash": "chat template",
-    "system_prompt": "system prompt",
-    "date": "date",
+    "tokenizer_hash": ("tokenizer", "--model"),
+    "template_hash": ("chat template", "--model and --chat_template"),
+    "system_prompt": ("system prompt", "--system_prompt"),
+    "date": ("date", "--date"),
 }
-"""What decides a prompt's ids, in the words of an error."""
+"""What decides a prompt's ids: in the words of an error, and the flags that decide it."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Config:
     """Write the columns of the tutorial's trainer as well, so that it runs on these pairs."""
 
     num_proc: How[int] = 1
-    """Processes that tokenize."""
+    """Processes that tokenize; a single one uses a thread for each core."""
     public: How[bool] = False
     """Make an output on the Hub public."""
     run: RUN = RunFlags()
@@ -144,6 +145,8 @@ def make_plan(config: Config) -> Plan:
     if config.test_size >= source.num_rows:
         refuse_test_size(config.test_size, source.num_rows, f"{source.name} has")
     chat = choose_chat(config, source)
+    if schema.response_tokens(0) not in source.columns:
+        chat.response_ids("a", "b")  # raises for a template that can encode no response at all
     rules = Rules(
         maxlen=config.maxlen,
         min_responses=config.min_responses or config.num_responses,
@@ -184,19 +187,15 @@ def choose_chat(config: Config, source: storage.Source) -> Chat:
         date=inherited.get("date") if config.date is None else config.date,
     )
     ours = chat.describe()
-    for key, word in CHAT_KEYS.items():
+    for key, (word, flags) in CHAT_KEYS.items():
         if sampled is not None and ours[key] != sampled[key]:
-            flag, sampler = storage_flag(key), came_with.get("sampling", {}).get("model", "unknown")
+            sampler = came_with.get("sampling", {}).get("model", "unknown")
             raise BadUse(
                 f"the responses in {source.name} were sampled by {sampler} with another {word} "
                 f"({_short(sampled[key])}) than --model {config.model} has here ({_short(ours[key])}): "
-                f"give {flag} as generate had it."
+                f"give {flags} as generate had it."
             )
     return chat
-
-
-def storage_flag(key: str) -> str:
-    return {"tokenizer_hash": "--model", "template_hash": "--model and --chat_template"}.get(key, f"--{key}")
 
 
 def _short(value: Any) -> str:
@@ -215,6 +214,8 @@ def refuse_test_size(test_size: float, prompts: int, who: str) -> None:
 def print_plan(plan: Plan, config: Config) -> None:
     source, rules = plan.source, plan.rules
     say(f"input      {source.ref}: {source.num_rows:,} prompts with {config.num_responses} responses each")
+    if (more := schema.count_responses(source.columns) - config.num_responses) > 0:
+        say(f"left out   {more} further responses per prompt: raise --num_responses to choose from them too")
     with_ids = schema.response_tokens(0) in source.columns
     ids = "as sampled" if with_ids else "encoded from text by the chat template (the input has no sampled ids)"
     say(f"ids        {ids}; tokenizer and template of {config.model}")
@@ -272,12 +273,12 @@ def draw_test(order: list[str], config: Config) -> list[str]:
 def make_splits(plan: Plan, config: Config, output: storage.Output, work: Work, blocks: int) -> dict[str, Any]:
     """Write the splits and return the provenance of the whole. Raises BadUse if there is nothing to split."""
     total = pair_blocks.add_up(work, blocks, output.folder / SKIPPED)
-    say("\n".join(lines_of_loss(total, plan.rules.min_responses)))
+    say("\n".join(pair_report.lines_of_loss(total, plan.rules.min_responses)))
     order = pair_blocks.split_order(work, blocks)
     try:
         if not order:
             raise BadUse(
-                f"no prompt of {plan.source.name} is left ({_counts(total['dropped'])}): look at --maxlen, "
+                f"no prompt of {plan.source.name} is left ({pair_report.counts(total['dropped'])}): look at --maxlen, "
                 f"--maxlen_prompt, --min_responses (now {plan.rules.min_responses}) and the margins."
             )
         test = draw_test(order, config)
@@ -288,52 +289,12 @@ def make_splits(plan: Plan, config: Config, output: storage.Output, work: Work, 
         TRAIN: write_split(plan, config, output, TRAIN, pair_blocks.pairs_of(work, blocks, test, others=True)),
         TEST: write_split(plan, config, output, TEST, pair_blocks.pairs_of(work, blocks, test)),
     }
-    data = pair_blocks.picture_of(work, blocks)
-    say("\n".join(lines_of_data(data, rows, total)))
+    data = pair_report.picture(pair_blocks.columns_of(work, blocks, pair_report.COLUMNS), config.num_responses)
+    say("\n".join(pair_report.lines_of_data(data, rows, total)))
     return describe(plan, config, total, rows, {TRAIN: len(order) - len(test), TEST: len(test)}, data)
 
 
 # What is said and recorded
-
-
-def lines_of_loss(total: dict[str, Any], min_responses: int) -> list[str]:
-    prompts, dropped = total["prompts"], sum(total["dropped"].values())
-    lines = [f"kept       {prompts - dropped:,} of {prompts:,} prompts"]
-    lines += [f"dropped    {count:,} ({count / prompts:.1%}) {reason}" for reason, count in total["dropped"].items()]
-    if min_responses > 2 and total["liftable"]:
-        lines.append(
-            f"           {total['liftable']:,} of them ({total['liftable'] / prompts:.1%}) would stay with "
-            "--min_responses 2, from the responses that survive"
-        )
-    if total["faults"]:
-        lines.append(f"responses  that did not survive: {_counts(total['faults'])}")
-    if total["tied_best"] or total["tied_worst"]:
-        lines.append(
-            f"ties       for the best in {total['tied_best']:,} prompts, for the worst in {total['tied_worst']:,}; "
-            "the first counts"
-        )
-    return lines
-
-
-def lines_of_data(data: dict[str, Any], rows: dict[str, int], total: dict[str, Any]) -> list[str]:
-    lines = [
-        f"pairs      {rows[TRAIN]:,} in train, {rows[TEST]:,} in test",
-        f"margin     mean {data['reward_margin']['mean']:.4g}, median {data['reward_margin']['p50']:.4g}, "
-        f"largest {data['reward_margin']['max']:.4g} reward units",
-        f"lengths    chosen {data['chosen_length']['mean']:.0f} and rejected {data['rejected_length']['mean']:.0f} "
-        f"tokens on average; the chosen one is longer in {data['chosen_longer']:.0%} of pairs, "
-        f"shorter in {data['chosen_shorter']:.0%}",
-    ]
-    if total["sampled_pairs"]:
-        lines.append(
-            f"ids        in {total['changed_pairs']:,} of {total['sampled_pairs']:,} pairs the text would be encoded "
-            "as other ids than were sampled; the sampled ones are kept"
-        )
-    return lines
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
 def describe(
@@ -348,7 +309,10 @@ def describe(
     return provenance.describe(
         command="filter",
         config={name: value for name, _, value in fields_with_roles(config)},
-        inputs={"rewards": provenance.describe_source(plan.source)},
+        inputs={
+            "rewards": provenance.describe_source(plan.source),
+            "tokenizer": {"ref": config.model, "fingerprint": plan.chat.tokenizer_hash},
+        },
         rows_in=plan.source.num_rows,
         rows_out=rows,
         dropped=total["dropped"],
@@ -405,6 +369,7 @@ def main(config: Config) -> Path:
     pending = config.run.pending_rows() if config.run.check else {}
     if config.input_repo in pending or config.model in pending:
         return check_pending(config, pending)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if config.num_proc == 1 else "false"
     plan = make_plan(config)
     print_plan(plan, config)
     folder = plan.output.folder

@@ -48,7 +48,7 @@ LISTED = 100
 """Responses without a reward that provenance lists; all of them are in the dataset."""
 BYTES_PER_RESPONSE, BYTES_PER_REWARD = 4000, 320
 """For the estimate of the output's size: text and ids; a reward with ArmoRM's objectives and coefficients."""
-CARRIED = ("sampling",)
+CARRIED = ("sampling", "chat")
 """Parts of the input's provenance that later stages ask for."""
 REPORT_WAIT = 600.0
 """Seconds that a worker waits for another that is writing the report of the finished set."""

@@ -1,4 +1,4 @@
-"""Run by test_logps.py under several launchers: log-probs of held-out responses, one update, log-probs, a saved policy.
+"""Held-out log-probs, one update, the same log-probs, a saved policy; test_logps.py runs it in several launches.
 
 python one_update.py START OUTPUT
 """

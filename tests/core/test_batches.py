@@ -33,9 +33,7 @@ def test_blocks_are_trimmed_by_length_whatever_the_pad_id_is():
     but as the token they are."""
     prompt = np.array([128256, 128256, 7, 3], dtype=np.int32)
     response = np.array([4, 7, 7, 7], dtype=np.int32)
-    batch = collate(
-        [trim_prompt(prompt, 2), [1, 1, 1]], [trim_response(response, 2), trim_response(response, 0)]
-    )
+    batch = collate([trim_prompt(prompt, 2), [1, 1, 1]], [trim_response(response, 2), trim_response(response, 0)])
     assert batch.input_ids.tolist() == [[7, 3, 4, 7], [1, 1, 1, 0]]
     with pytest.raises(ValueError, match="length 5 of a block of 4 tokens"):
         trim_response(response, 5)
@@ -60,6 +58,14 @@ def test_ranks_without_a_pair_repeat_the_shortest_at_weight_zero():
         [MicroBatch((1,), 1.0, 9), MicroBatch((0,), 0.0, 5)],
         [MicroBatch((2,), 1.0, 7), MicroBatch((0,), 1.0, 5)],
     ]
+
+
+def test_pairs_of_one_length_are_spread_over_ranks_that_would_else_be_idle():
+    """Five pairs of 6 tokens, at most 13 a call: groups of 2 2 1 would do, but four ranks must call anyway, so
+    one group is split: 2 1 1 1, of 12 6 6 6 tokens."""
+    plan = plan_calls([6] * 5, world_size=4, max_tokens=13)
+    assert [[call.tokens for call in calls] for calls in plan] == [[12], [6], [6], [6]]
+    assert all(call.weight == 1.0 for calls in plan for call in calls)
 
 
 def test_nothing_to_do_is_no_calls():

@@ -159,9 +159,7 @@ def make_tokenizer(kind: Kind, merges: Sequence[tuple[str, str]] = ()) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
-    tokenizer = Tokenizer(
-        models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=list(merges))
-    )
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     specials = [*kind.specials, *([kind.bos] if kind.bos else []), kind.eos]
@@ -241,9 +239,7 @@ def test_many_at_once_are_the_same_as_one_by_one(name, chats):
     assert chat.encode_prompts([]) == chat.encode_responses([], []) == []
 
 
-@pytest.mark.parametrize(
-    "text", ["Good day!", "", "  in front", "behind \n\n", "\n\nA\n\n\nB", "1 + 1", "né à 東京"]
-)
+@pytest.mark.parametrize("text", ["Good day!", "", "  in front", "behind \n\n", "\n\nA\n\n\nB", "1 + 1", "né à 東京"])
 def test_on_llama_3_the_authors_cut_after_five_ids_gives_the_same_response(text, tiny_policy):
     """They render the assistant's turn alone and drop BOS, header start, role, header end and blank line."""
     chat = Chat.load(tiny_policy)
@@ -267,6 +263,19 @@ def test_a_token_across_the_boundary_leaves_the_prompt_as_the_model_saw_it(folde
     assert chat.prompt_ids("Hi there") == spelled(chat, kind, kind.prompt)
     expected = ["G", "o", "o", "d", "Ġ", "da", "y", "!", "<|im_end|>"]
     assert chat.response_ids("Hi there", "Good day!") == chat.tokenizer.convert_tokens_to_ids(expected)
+
+
+@every_kind
+def test_leaving_most_of_the_prompt_out_changes_no_id(name, chats, folder_of):
+    """The definition with nothing left out: ids of the whole conversation minus ids of the prompt."""
+    merged = Chat.load(folder_of(KINDS[name], merges=[("o", "d"), ("e", "r"), ("Ġ", "G"), ("Ċ", "G")]))
+    for chat in (chats[name], merged):
+        for prompt in ("Hi", "order <s>over</s>", "ends with <|im_start|>", "<|eot_id|>"):
+            for text in ("Good order!", "  God", "a <|eot_id|> in the text"):
+                ids, whole = chat.prompt_ids(prompt), chat.conversation_ids(prompt, text)
+                if whole[: len(ids)] == ids:
+                    response = chat.response_ids(prompt, text)
+                    assert whole[len(ids) :][: len(response)] == response
 
 
 def test_a_thought_stays_in_the_response(chats):
@@ -329,9 +338,7 @@ def test_keys_that_arrow_filled_with_null_are_as_if_absent(folder_of):
     assert chat.prompt_ids([named, unnamed]) == spelled(chat, kind, expected)
 
 
-@pytest.mark.parametrize(
-    "prompt", [[], None, ["Hi"], [{"content": "Hi"}], [{"role": "assistant", "content": "a"}]]
-)
+@pytest.mark.parametrize("prompt", [[], None, ["Hi"], [{"content": "Hi"}], [{"role": "assistant", "content": "a"}]])
 def test_what_no_answer_can_follow_is_refused(prompt, chats):
     with pytest.raises(BadUse, match=r"a (prompt|message) must be"):
         chats["llama_3"].prompt_ids(prompt)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -147,10 +148,11 @@ def test_ordinary_calls_generation_and_state_dict_stay_as_they_were(tmp_path):
 
     model = make_model(tie_word_embeddings=True)
     ids = torch.tensor([PROMPTS[0]])
-    keys, logits = list(model.state_dict()), model(ids).logits
+    keys, logits, signature = list(model.state_dict()), model(ids).logits, inspect.signature(model.forward)
     sampled = model.generate(ids, max_new_tokens=8, do_sample=False)
     install(model)
     assert list(model.state_dict()) == keys
+    assert inspect.signature(model.forward) == signature  # generate makes a mask only for a forward that takes one
     assert model(input_ids=ids).logits.equal(logits)
     assert model.generate(ids, max_new_tokens=8, do_sample=False).equal(sampled)
     copied = copy.deepcopy(model)
@@ -253,6 +255,23 @@ def test_under_bf16_autocast_products_are_bf16_and_sums_are_float32(small_chunks
     assert (gradient - expected_gradient).norm() < expected_gradient.norm() / 128
 
 
+def test_autocast_is_the_bf16_computation_with_a_float32_gradient():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 8), torch.randn(16, 8)
+    labels = torch.arange(5)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaf = weight.to(dtype, copy=True).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            values = linear_logps(hidden.to(dtype), leaf, None, labels)
+        values.sum().backward()
+        [gradient] = torch.autograd.grad(values.sum(), [leaf])
+        found.append((values, gradient))
+    assert found[0][0].equal(found[1][0])
+    assert found[0][1].dtype == torch.float32
+    assert found[0][1].to(torch.bfloat16).equal(found[1][1])
+
+
 def test_a_bf16_models_log_probs_are_float32_and_its_head_gradient_is_summed_in_float32(monkeypatch):
     """400 equal tokens in chunks of one. A bf16 running sum stops growing at 256 equal summands; the float64
     sum must be met to bf16's own rounding."""
@@ -335,7 +354,7 @@ def test_one_process_ddp_and_zero3_agree_on_log_probs_and_on_an_update(tmp_path,
     zero_3 = f"-m accelerate.commands.launch --config_file {stage_3} --mixed_precision no --num_processes 2"
     launches = {
         "one process": "",
-        "ddp": "-m torch.distributed.run --nproc_per_node 2 --master_port 0",
+        "ddp": "-m torch.distributed.run --standalone --nproc_per_node 2",
         "zero-3": f"{zero_3} --main_process_port 0",
     }
     results = {}

@@ -80,7 +80,9 @@ def test_datasets_opens_what_we_write(tmp_path):
     with open_output(tmp_path / "out", IDENTITY, overwrite=False) as output:
         output.write_shard("train", 0, pa.table({"prompt": ["a", "b"]}))
         output.write_shard("test", 0, pa.table({"prompt": ["c"]}))
-        card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*.parquet\n"
+        card = (
+            "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*.parquet\n"
+        )
         output.publish({}, card + "  - split: test\n    path: data/test-*.parquet\n---\n# x\n")
     loaded = datasets.load_dataset(str(tmp_path / "out"))
     assert {name: list(split["prompt"]) for name, split in loaded.items()} == {"train": ["a", "b"], "test": ["c"]}
@@ -173,7 +175,10 @@ def test_the_fingerprint_follows_the_content_and_not_the_time(tmp_path):
 
 
 def test_default_output_lies_beside_a_local_input(tmp_path):
-    assert default_output(parse_ref(str(tmp_path / "responses"), flag="--x"), "_armo").folder == tmp_path / "responses_armo"
+    assert (
+        default_output(parse_ref(str(tmp_path / "responses"), flag="--x"), "_armo").folder
+        == tmp_path / "responses_armo"
+    )
 
 
 def test_a_journal_torn_in_its_last_line_keeps_the_whole_ones(tmp_path):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -391,7 +394,7 @@ def test_bad_values_are_refused_by_flag(tmp_path):
         ({"null_reward": float("nan")}, "--null_reward is nan"),
     ):
         with pytest.raises(BadUse, match=sentence):
-            stage.main(stage.Config(input_repo=str(tmp_path), **flags))  # type: ignore[arg-type]
+            stage.main(stage.Config(input_repo=str(tmp_path), **flags))
 
 
 def test_missing_columns_are_named_with_the_command_that_writes_them(tiny_policy, tmp_path):
@@ -440,6 +443,17 @@ def test_a_chat_other_than_the_one_of_sampling_is_refused(chat, tiny_policy, tmp
             run(write_rewards(tmp_path / key, many(5), other), tiny_policy, tmp_path / "other")
 
 
+def test_text_that_the_template_can_not_encode_is_refused_before_any_work(tiny_policy, tmp_path):
+    template = tmp_path / "opens_a_thought.jinja"
+    template.write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: <think>{% endif %}"
+    )
+    source = write_rewards(tmp_path / "rewards", many(5))
+    with pytest.raises(BadUse, match=rf"template of {template} can't encode .*--chat_template"):
+        run(source, tiny_policy, tmp_path / "pairs", chat_template=str(template))
+
+
 def test_the_system_prompt_of_sampling_is_the_one_of_training(tiny_policy, tmp_path):
     chat = Chat.load(tiny_policy, system_prompt="Be brief.")
     source = write_rewards(tmp_path / "rewards", many(5), {"identity": {}, "chat": chat.describe()})
@@ -454,7 +468,7 @@ def test_the_system_prompt_of_sampling_is_the_one_of_training(tiny_policy, tmp_p
 
 def test_check_prints_the_plan_and_writes_nothing(tiny_policy, tmp_path, capsys):
     source = write_rewards(tmp_path / "rewards", many(5))
-    flags = {"num_responses": 3, "output_repo": str(tmp_path / "pairs"), "test_size": 1}
+    flags: Row = {"num_responses": 3, "output_repo": str(tmp_path / "pairs"), "test_size": 1}
     checks = RunFlags(check=True)
     stage.main(stage.Config(input_repo=str(source), model=str(tiny_policy), run=checks, **flags))
     printed = capsys.readouterr().out
@@ -496,3 +510,41 @@ def test_the_command_runs_says_done_the_second_time_and_refuses_another_run(run_
     assert other.stderr.count("\n") == 1
     assert "maxlen was 30, now 29" in other.stderr
     assert "--overwrite" in other.stderr
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_with_the_same_pairs(run_command, command_environment, tiny_policy, tmp_path):
+    """Killed by SIGKILL when 2, 5 and 9 of 16 blocks are there; its worker processes end with it."""
+    source = write_rewards(tmp_path / "rewards", many(16 * pair_blocks.BLOCK_ROWS))
+    run(source, tiny_policy, tmp_path / "whole", num_proc=2)
+    flags = [
+        "--input_repo", source, "--output_repo", tmp_path / "pairs", "--model", tiny_policy, "--num_responses", 3,
+        "--maxlen", 30, "--maxlen_prompt", 40, "--test_size", 1, "--num_proc", 2,
+    ]  # fmt: skip
+    journal = storage.partial_folder(tmp_path / "pairs") / "journal"
+    for blocks in (2, 5, 9):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rlhf_pipeline.filter", *map(str, flags)],
+            env=command_environment,
+            start_new_session=True,
+        )
+        while len(list(journal.glob("block-*.parquet"))) < blocks:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+        process.wait()
+        assert len(workers) == 2
+        deadline = time.monotonic() + 10
+        while any(is_running(worker) for worker in workers):
+            assert time.monotonic() < deadline, "a worker outlived its parent"
+            time.sleep(0.05)
+    finished = run_command("filter", *flags)
+    assert finished.returncode == 0, finished.stderr
+    for path in sorted((tmp_path / "whole" / "data").iterdir()):
+        assert (tmp_path / "pairs" / "data" / path.name).read_bytes() == path.read_bytes()
+
+
+def is_running(pid: str) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"

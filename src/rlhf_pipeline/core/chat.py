@@ -69,8 +69,7 @@ class Chat:
         template = _read_template(chat_template) if chat_template else _own_template(tokenizer)
         if template is None:
             raise BadUse(
-                f"{flag} {model} has no chat template: "
-                "pass --chat_template FILE or an instruction-tuned model."
+                f"{flag} {model} has no chat template: pass --chat_template FILE or an instruction-tuned model."
             )
         chat = cls(
             tokenizer=tokenizer,
@@ -129,22 +128,28 @@ class Chat:
         turns = [self.messages(prompt) for prompt in prompts]
         heads = self._render(turns, open_turn=True)
         wholes = self._render(_answered(turns, texts), open_turn=False)
-        different = list(dict.fromkeys(heads))  # N responses share a prompt
-        head_ids = dict(zip(different, self._encode(different), strict=True))
-        whole_ids = self._encode(wholes)
+        starts = [self._opening_start(head) for head in heads]
+        openings = [head[start:] for head, start in zip(heads, starts, strict=True)]
+        different = list(dict.fromkeys(openings))
+        opening_ids = dict(zip(different, self._tokenize(different), strict=True))
+        ids = self._tokenize([whole[start:] for whole, start in zip(wholes, starts, strict=True)])
         return [
-            self._rest(head, whole, head_ids[head], ids) if _kept(text, head, whole) else None
-            for head, whole, ids, text in zip(heads, wholes, whole_ids, texts, strict=True)
+            self._finished(opening_ids[openings[row]], ids[row], whole[len(head) :])
+            if whole.startswith(head) and _squeezed(text) in _squeezed(whole[len(head) :])
+            else None  # the template does not go on, or changes more of the text than its white space
+            for row, (head, whole, text) in enumerate(zip(heads, wholes, texts, strict=True))
         ]
 
-    def _rest(self, head: str, whole: str, head_ids: list[int], whole_ids: list[int]) -> list[int] | None:
-        """The ids of `whole` after those of `head` up to the end of the turn; None if nothing ends it."""
-        if whole_ids[: len(head_ids)] == head_ids:
-            rest = whole_ids[len(head_ids) :]
-        else:  # a token spans the boundary: the model saw the prompt's ids, so the response begins afresh
-            rest = self._tokenize([whole[len(head) :]])[0]
+    def _finished(self, opening_ids: list[int], ids: list[int], text: str) -> list[int] | None:
+        """Of `ids` those after `opening_ids`, up to the end of the turn; None if nothing ends it.
+
+        text: what follows the opening. Where a token spans the boundary it is tokenized by itself: the model saw the
+        prompt's ids and wrote its response after them.
+        """
         if self._after_end is None:
             return None
+        spanned = ids[: len(opening_ids)] != opening_ids
+        rest = self._tokenize([text])[0] if spanned else ids[len(opening_ids) :]
         rest = rest[: len(rest) - self._after_end]
         return rest if rest and rest[-1] in self.end_ids else None
 
@@ -266,6 +271,17 @@ class Chat:
         text = self._render([self.messages(_PROBE)], open_turn=True)
         return self._tokenize(text)[0][:1] == [bos]
 
+    def _opening_start(self, head: str) -> int:
+        """Where the last special token of a prompt begins. Text from there on has the ids that it has in the whole,
+        since tokenizers cut at special tokens first; so most of a prompt need not be tokenized with each response."""
+        return max(head.rfind(self._last_special), 0) if self._last_special else 0
+
+    @cached_property
+    def _last_special(self) -> str | None:
+        prompt = self._render([self.messages(_PROBE)], open_turn=True)[0]
+        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return max(special, key=prompt.rfind, default=None)
+
     @cached_property
     def _tail(self) -> list[int]:
         """The ids that the template puts after the text of an assistant's last turn."""
@@ -280,14 +296,7 @@ class Chat:
 
 
 def _answered(turns: Sequence[list[dict[str, Any]]], texts: Sequence[str]) -> list[list[dict[str, Any]]]:
-    return [
-        [*before, {"role": "assistant", "content": text}] for before, text in zip(turns, texts, strict=True)
-    ]
-
-
-def _kept(text: str, head: str, whole: str) -> bool:
-    """Whether `whole` goes on from `head` with `text`; the template may change white space, nothing else."""
-    return whole.startswith(head) and _squeezed(text) in _squeezed(whole[len(head) :])
+    return [[*before, {"role": "assistant", "content": text}] for before, text in zip(turns, texts, strict=True)]
 
 
 def _squeezed(text: str) -> str:

@@ -16,7 +16,7 @@ import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar, cast
 
 import tyro
 
@@ -68,27 +68,41 @@ RUN = Annotated[RunFlags, tyro.conf.arg(name="")]
 
 def parse(config_type: type[T], args: list[str] | None = None) -> T:
     """The Config that `args` (default: sys.argv) stand for; tyro's own errors exit with 2."""
-    command = f"python -m rlhf_pipeline.{Path(sys.modules[config_type.__module__].__file__ or '').stem}"
-    description = sys.modules[config_type.__module__].__doc__
-    return tyro.cli(
-        config_type,
-        prog=command,
-        description=description,
-        args=args,
-        use_underscores=True,  # tyro's dashes would refuse the tutorial's --task.input_repo; dashes still parse
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    return cast(T, tyro.cli(config_type, args=args, **_style(config_type)))
 
 
-def entry(main: Callable[[Any], object], config_type: type) -> NoReturn:
-    """Parse the flags, run `main`, and turn how it ended into DESIGN's exit codes."""
+def parse_known(config_type: type[T], args: list[str], *, default: T | None = None) -> tuple[T, list[str]]:
+    """As `parse`, with the words that are none of the Config's flags returned beside it.
+
+    default: a Config whose values hold where `args` say nothing.
+    """
+    given = {} if default is None else {"default": default}
+    found = tyro.cli(config_type, args=args, return_unknown_args=True, **given, **_style(config_type))
+    return cast("tuple[T, list[str]]", found)
+
+
+def _style(config_type: type) -> dict[str, Any]:
+    module = sys.modules[config_type.__module__]
+    return {
+        "prog": f"python -m rlhf_pipeline.{Path(module.__file__ or '').stem}",
+        "description": module.__doc__,
+        "use_underscores": True,  # tyro's dashes would refuse the tutorial's --task.input_repo; dashes still parse
+        "config": (tyro.conf.FlagCreatePairsOff,),
+    }
+
+
+def entry(main: Callable[[Any], object], config_type: Any) -> NoReturn:
+    """Parse the flags, run `main`, and turn how it ended into DESIGN's exit codes.
+
+    A Config with a class method `from_words` is made by it of the command line's words; it may raise BadUse.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     die_with_launcher()
-    config: Any = parse(config_type)
-    debug = config.run.debug
+    debug = "--debug" in sys.argv
     signal.signal(signal.SIGTERM, _raise_terminated)
     try:
-        main(config)
+        from_words = getattr(config_type, "from_words", None)
+        main(from_words(sys.argv[1:]) if from_words else parse(config_type))
     except BadUse as error:
         _finish(error, EXIT_BAD_USE, debug)
     except (WorkFailed, OSError) as error:
@@ -116,7 +130,13 @@ def die_with_launcher() -> None:
 
     A command typed into a shell has neither variable and outlives its shell as any program under nohup does.
     """
-    if sys.platform != "linux" or not ({"LOCAL_RANK", "RLHF_PIPELINE_PARENT"} & os.environ.keys()):
+    if {"LOCAL_RANK", "RLHF_PIPELINE_PARENT"} & os.environ.keys():
+        die_with_parent()
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process, and what it becomes by exec, when its parent dies. Linux only."""
+    if sys.platform != "linux":
         return
     import ctypes
 

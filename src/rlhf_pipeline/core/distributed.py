@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -62,6 +63,7 @@ def make_accelerator(*, max_grad_norm: float | None) -> Accelerator:
     group = InitProcessGroupKwargs(timeout=GROUP_TIMEOUT, backend="gloo" if gloo else None)
     precision = None if "ACCELERATE_MIXED_PRECISION" in os.environ else ("bf16" if on_gpu else "no")
     accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[group], step_scheduler_with_optimizer=False)
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # warns of tied weights at every checkpoint
     _check_launch(accelerator)
     if is_deepspeed(accelerator):
         _configure_deepspeed(accelerator, max_grad_norm)

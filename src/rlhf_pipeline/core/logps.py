@@ -67,8 +67,7 @@ def install(model: nn.Module) -> None:
             f"--model: the head of {type(base).__name__} is a {type(head).__name__}; a plain linear layer is "
             "needed. If an adapter was put on it, leave lm_head out of the adapter's target modules."
         )
-    decoder, logit_map = _dry_run(base, head)
-    nested = decoder is not base.base_model
+    logit_map = _find_logit_map(base, head)
     # Everything is reached through self, so that a deep copy of the model is one.
     ordinary_forward, ordinary_head = type(base).forward, type(head).forward
 
@@ -92,8 +91,7 @@ def install(model: nn.Module) -> None:
             return ordinary_forward(self, *args, **kwargs)
         # PEFT names arguments of the ordinary forward, as None
         given = {name: value for name, value in kwargs.items() if value is not None}
-        decoder = self.get_decoder() if nested else self.base_model
-        hidden = decoder(*args, use_cache=False, **given).last_hidden_state.flatten(0, 1)
+        hidden = self.base_model(*args, use_cache=False, **given).last_hidden_state.flatten(0, 1)
         predicting = hidden.index_select(0, label_positions)
         return self.get_output_embeddings()(predicting, label_ids, temperature)
 
@@ -137,33 +135,31 @@ class _DecoderOutput:
 
 
 @torch.no_grad()
-def _dry_run(model: Any, head: nn.Linear) -> tuple[nn.Module, LogitMap]:
-    """The decoder whose output the head reads, and what becomes of the head's output.
+def _find_logit_map(model: Any, head: nn.Linear) -> LogitMap:
+    """What `model` does to its head's output, found by running its own forward with decoder and head replaced
+    by known numbers.
 
-    Both are found by running the model's own forward with decoder and head replaced by known numbers: no
-    parameter is read, so partitioned ones (ZeRO-3) do no harm, and no list of model names can be out of date.
+    No parameter is read, so partitioned ones (ZeRO-3) do no harm, and no list of model names can be out of date.
     """
     hidden = torch.ones(1, 1, head.in_features)
     x = torch.linspace(-100.0, 100.0, 201, dtype=torch.float64).view(1, 1, -1)
     x[..., 0], x[..., 1] = 1.0, 1e30
-    called: list[nn.Module] = []
     read_by_head: list[Tensor] = []
 
-    def decoder_stub(module: nn.Module, *args: Any, **kwargs: Any) -> _DecoderOutput:
-        called.append(module)
+    def decoder_stub(*args: Any, **kwargs: Any) -> _DecoderOutput:
         return _DecoderOutput(hidden)
 
-    def head_stub(module: nn.Module, given: Tensor) -> Tensor:
+    def head_stub(given: Tensor) -> Tensor:
         read_by_head.append(given)
         return x.clone()
 
     stubs: dict[Any, Callable[..., Any]] = {
         model.base_model: decoder_stub,
-        model.get_decoder(): decoder_stub,
+        model.get_decoder(): decoder_stub,  # OPT calls the decoder in its base model directly
         head: head_stub,
     }
     for module, stub in stubs.items():
-        module.forward = types.MethodType(stub, module)
+        module.forward = stub
     try:
         logits = model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False).logits.double()
     finally:
@@ -171,13 +167,13 @@ def _dry_run(model: Any, head: nn.Linear) -> tuple[nn.Module, LogitMap]:
             del module.forward
     at_one, at_infinity = logits[0, 0, 0].item(), logits[0, 0, 1].item()
     logit_map = LogitMap(cap=at_infinity) if at_infinity < 1e20 else LogitMap(scale=at_one)
-    straight = len(called) == 1 and [tensor.to(hidden).equal(hidden) for tensor in read_by_head] == [True]
-    if not straight or not logit_map(x.clone(), 1.0).allclose(logits, rtol=1e-5, atol=1e-6):
+    untouched = [tensor.to(hidden).equal(hidden) for tensor in read_by_head] == [True]
+    if not untouched or not logit_map(x.clone(), 1.0).allclose(logits, rtol=1e-5, atol=1e-6):
         raise BadUse(
             f"--model: {type(model).__name__} does more to its logits than to scale or soft-cap them, which "
             "chunked log-probs can't follow. Choose another model."
         )
-    return called[0], logit_map
+    return logit_map
 
 
 def linear_logps(

@@ -266,7 +266,7 @@ def save_policy(
 
     (folder / CONFIG).unlink(missing_ok=True)
     sync_folder(folder)
-    for name in files_matching(folder, WEIGHT_FILES):
+    for name in files_matching(folder, (*WEIGHT_FILES, *DESCRIPTION_FILES)):
         (folder / name).unlink()
     for name in sorted(os.listdir(partial), key=lambda name: name == CONFIG):
         if name == CONFIG:

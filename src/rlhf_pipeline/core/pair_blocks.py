@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -186,11 +186,9 @@ def pairs_of(work: Work, blocks: int, prompt_ids: Iterable[str], *, others: bool
         yield table.filter(pc.invert(found) if others else found)
 
 
-def picture_of(work: Work, blocks: int) -> dict[str, Any]:
-    """pair_tables.picture of all pairs."""
+def columns_of(work: Work, blocks: int, names: Sequence[str]) -> pa.Table:
+    """Some (small) columns of all pairs."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = list(pair_tables.PICTURE_COLUMNS)
-    tables = [pq.read_table(work.pairs_file(index), columns=names) for index in range(blocks)]
-    return pair_tables.picture(pa.concat_tables(tables), work.num_responses)
+    return pa.concat_tables(pq.read_table(work.pairs_file(index), columns=list(names)) for index in range(blocks))

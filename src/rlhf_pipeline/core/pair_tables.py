@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 Ids = npt.NDArray[np.int32]
 SPLIT_KEY = "split_key"
 """A prompt's place in the order by which the test split is drawn; not published."""
-PERCENTILES = (5, 25, 50, 75, 95)
 
 
 @dataclass(frozen=True)
@@ -268,39 +267,3 @@ def cut(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
             waiting = [whole.slice(size)]
     if any(map(len, waiting)):
         yield pa.concat_tables(waiting, promote_options="permissive")
-
-
-def picture(table: pa.Table, num_responses: int) -> dict[str, Any]:
-    """What a set of pairs looks like. Lengths in tokens, rewards and margins in reward units."""
-    values = {name: table.column(name).to_numpy() for name in table.column_names if name != schema.PROMPT_ID}
-    values["reward_margin"] = values["chosen_reward"] - values["rejected_reward"]
-    indices = {name: values.pop(name) for name in ("chosen_index", "rejected_index")}
-    return {
-        **{name: _distribution(numbers) for name, numbers in values.items()},
-        **{name: np.bincount(i, minlength=num_responses).tolist() for name, i in indices.items()},
-        "chosen_longer": float(np.mean(values["chosen_length"] > values["rejected_length"])),
-        "chosen_shorter": float(np.mean(values["chosen_length"] < values["rejected_length"])),
-    }
-
-
-PICTURE_COLUMNS = (
-    "prompt_length",
-    "chosen_length",
-    "rejected_length",
-    "chosen_reward",
-    "rejected_reward",
-    "chosen_index",
-    "rejected_index",
-)
-"""The columns that `picture` reads."""
-
-
-def _distribution(numbers: npt.NDArray[Any]) -> dict[str, float]:
-    """Mean, extremes and percentiles."""
-    points = np.percentile(numbers, PERCENTILES)
-    return {
-        "mean": float(numbers.mean()),
-        "min": float(numbers.min()),
-        **{f"p{percent}": float(point) for percent, point in zip(PERCENTILES, points, strict=True)},
-        "max": float(numbers.max()),
-    }

@@ -20,6 +20,8 @@ Floats = npt.NDArray[np.float64]
 ByPrompt = Sequence[float | Sequence[float] | Floats] | Floats
 
 RESAMPLES = 2000
+DRAWN_AT_ONCE = 1_000_000
+"""Row indices of the resamples that are in memory together."""
 RIDGE = 1e-3
 
 
@@ -59,7 +61,7 @@ def mean_interval(values: ByPrompt, *, confidence: float = 0.95, seed: int = 0) 
     prompts, which do not show their spread.
     """
     means = prompt_means(values)
-    return _bootstrap(lambda rows: float(means[rows].mean()), len(means), confidence, seed)
+    return _bootstrap(lambda rows: means[rows].mean(axis=-1), len(means), confidence, seed)
 
 
 def difference_interval(values: ByPrompt, baseline: ByPrompt, *, confidence: float = 0.95, seed: int = 0) -> Interval:
@@ -86,15 +88,20 @@ def _check_same_prompts(values: ByPrompt, baseline: ByPrompt) -> None:
 
 
 def _bootstrap(
-    statistic: Callable[[npt.NDArray[np.int64]], float], size: int, confidence: float, seed: int
+    statistic: Callable[[npt.NDArray[np.int64]], npt.ArrayLike], size: int, confidence: float, seed: int
 ) -> Interval:
-    """`statistic` of rows 0 to size - 1, and percentiles of what it gives for rows drawn with replacement."""
+    """`statistic` of rows 0 to size - 1, and percentiles of what it gives for rows drawn with replacement.
+
+    statistic: of row indices (..., size) gives (...).
+    """
     if size < 2:
         raise ValueError(f"an interval needs at least 2 prompts, not {size}")
     generator = np.random.default_rng(seed)
-    drawn = [statistic(generator.integers(size, size=size)) for _ in range(RESAMPLES)]
+    at_once = max(1, DRAWN_AT_ONCE // size)
+    counts = [min(at_once, RESAMPLES - start) for start in range(0, RESAMPLES, at_once)]
+    drawn = np.concatenate([statistic(generator.integers(size, size=(count, size))) for count in counts])
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(statistic(np.arange(size)), float(low), float(high))
+    return Interval(float(np.asarray(statistic(np.arange(size)))), float(low), float(high))
 
 
 # Distance from the reference
@@ -212,29 +219,34 @@ def length_controlled_win_rate(
         columns.append(np.tanh(differences / differences.std(ddof=1)))
     features = np.stack(columns, axis=1)
 
-    def at_equal_length(rows: npt.NDArray[np.int64]) -> float:
-        return float(_sigmoid(fit_logistic(features[rows], targets[rows])[0]))
+    whole = fit_logistic(features, targets)
+
+    def at_equal_length(rows: npt.NDArray[np.int64]) -> Floats:
+        samples = rows.reshape(-1, rows.shape[-1])
+        skills = [fit_logistic(features[sample], targets[sample], start=whole)[0] for sample in samples]
+        return _sigmoid(skills).reshape(rows.shape[:-1])
 
     return _bootstrap(at_equal_length, len(targets), confidence, seed)
 
 
-def fit_logistic(features: Floats, targets: Floats) -> Floats:
+def fit_logistic(features: Floats, targets: Floats, *, start: Floats | None = None) -> Floats:
     """(k,) weights of the likeliest logistic model of targets (n,), 0 to 1, given features (n, k); by Newton's method.
 
-    The penalty RIDGE / 2 * |weights|^2 keeps them finite where the features separate the targets.
+    The penalty RIDGE / 2 * |weights|^2 keeps them finite where the features separate the targets. `start`: where to
+    begin; the objective is convex, so it decides nothing but the time.
     """
 
     def objective(weights: Floats) -> float:
         logits = features @ weights
         return float((np.logaddexp(0, logits) - targets * logits).sum() + RIDGE / 2 * weights @ weights)
 
-    weights = np.zeros(features.shape[1])
+    weights = np.zeros(features.shape[1]) if start is None else start
     while True:
         predicted = _sigmoid(features @ weights)
         gradient = features.T @ (predicted - targets) + RIDGE * weights
         curvature = (features.T * (predicted * (1 - predicted))) @ features + RIDGE * np.eye(len(weights))
         step = np.linalg.solve(curvature, gradient)
-        while objective(weights - step) > objective(weights):  # full steps may circle for ever
+        while objective(weights - step) > objective(weights):  # the logistic is flat far out: Newton oversteps there
             step /= 2
         weights = weights - step
         if np.abs(step).max() < 1e-9:

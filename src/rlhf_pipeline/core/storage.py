@@ -15,7 +15,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +130,8 @@ class Source:
     """One split of a dataset, under our column names.
 
     `fingerprint` is the Hub commit, or sha256 of the parquet files or of the prompt file. `provenance` is None for
-    data made elsewhere. `renamed` is {name in the data: our name} for columns read by a tutorial name.
+    data made elsewhere. `renamed` is {name in the data: our name} for columns read by a tutorial name. `plain` holds
+    the rows of a prompt file, whose values need not be of one kind; None for data that is stored in columns.
     """
 
     ref: Ref
@@ -143,6 +144,7 @@ class Source:
     renamed: dict[str, str]
     folder: Path | None
     _tables: Callable[[Sequence[str], int, int, int], Iterator[pa.Table]]
+    plain: Sequence[dict[str, Any]] | None = None
 
     @property
     def name(self) -> str:
@@ -172,8 +174,16 @@ class Source:
         stop: int | None = None,
     ) -> Iterator[list[dict[str, Any]]]:
         """Rows start..stop as lists of at most `size` dicts, in order, in constant memory."""
-        for table in self.tables(columns, size=size, start=start, stop=stop):
-            yield table.to_pylist()
+        if self.plain is None:
+            for table in self.tables(columns, size=size, start=start, stop=stop):
+                yield table.to_pylist()
+            return
+        theirs = {new: old for old, new in self.renamed.items()}
+        names = {name: theirs.get(name, name) for name in (self.columns if columns is None else columns)}
+        stop = self.num_rows if stop is None else min(stop, self.num_rows)
+        for low in range(start, stop, size):
+            rows = self.plain[low : min(low + size, stop)]
+            yield [{name: row.get(their) for name, their in names.items()} for row in rows]
 
     def prompt_ids(self) -> list[str]:
         """The rows' prompt_id if it is there, unique and never null, else made from their prompts."""
@@ -345,10 +355,11 @@ def _open_file(ref: Ref, flag: str) -> Source:
             chosen = [{name: row.get(name) for name in columns} for row in rows[low : min(low + size, stop)]]
             try:
                 yield pa.Table.from_pylist(chosen)
-            except pa.ArrowInvalid as error:
+            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
                 raise BadUse(f"{flag} {ref.text} mixes kinds of values in one column: {error}") from error
 
-    return _source(ref, "train", ("train",), names, len(rows), sha256_of([path]), None, None, tables)
+    source = _source(ref, "train", ("train",), names, len(rows), sha256_of([path]), None, None, tables)
+    return replace(source, plain=rows)
 
 
 def _read_rows(path: Path, flag: str) -> list[dict[str, Any]]:

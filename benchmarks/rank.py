@@ -1,0 +1,187 @@
+"""rank's batches against one row at a time, and against vLLM where it is installed: the same rewards, in one
+run.
+
+    python benchmarks/rank.py --prompts 100
+
+One row at a time is how the tutorial's code works. All three score the same conversations with the same
+random Llama classifier and reach the same rewards to rounding; only scoring is timed, tokenization included,
+loading not. Repeats alternate, and the median counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPO / "src")]
+NUM_RESPONSES = 5
+VLLM_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
+Score = Callable[[Sequence[dict[str, Any]]], list[float]]
+
+
+def make_rows(prompts: int, corpus: str) -> list[dict[str, Any]]:
+    """Prompts of 100 to 600 characters, responses of 200 to 4000, lengths log-uniform."""
+    random = Random(0)
+
+    def piece(low: int, high: int) -> str:
+        characters = int(low * (high / low) ** random.random())
+        start = random.randrange(len(corpus) - characters)
+        return corpus[start : start + characters].strip()
+
+    rows = []
+    for k in range(prompts):
+        prompt = piece(100, 600)
+        rows += [
+            {"prompt_id": f"p{k}", "prompt": prompt, "response": piece(200, 4000), "response_tokens": None}
+            for _ in range(NUM_RESPONSES)
+        ]
+    return rows
+
+
+def make_classifier(folder: Path, corpus: str, *, hidden_size: int, layers: int) -> Path:
+    import torch
+    from transformers import LlamaForSequenceClassification
+
+    from rlhf_pipeline.core import tiny_llama
+
+    tokenizer = tiny_llama.build_tokenizer([corpus], 8192)
+    config = tiny_llama.llama_config(
+        tokenizer,
+        hidden_size=hidden_size,
+        num_layers=layers,
+        num_heads=hidden_size // 64,
+        intermediate_size=3 * hidden_size,
+        init_std=0.05,
+        max_length=4096,
+    )
+    config.num_labels = 1
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def ours(folder: Path, *, batch_tokens: int) -> Score:
+    import torch
+
+    from rlhf_pipeline.core.reward_models import ScoringOptions
+    from rlhf_pipeline.core.scoring import load_scorer, resolve_reward_model
+
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    options = ScoringOptions(batch_tokens=batch_tokens, device=device)
+    scorer = load_scorer(resolve_reward_model(str(folder)), options)
+
+    def score(rows: Sequence[dict[str, Any]]) -> list[float]:
+        return [item.reward for item in scorer.score(rows) if item.reward is not None]
+
+    return score
+
+
+def vllm(folder: Path) -> Score:
+    """Raw logits from vLLM's pooling runner: its own default is a sigmoid."""
+    from vllm import LLM, PoolingParams
+
+    from rlhf_pipeline.core.chat import Chat
+
+    chat = Chat.load(folder)
+    engine = LLM(str(folder), runner="pooling", convert="classify", enforce_eager=True, dtype="auto")
+
+    def score(rows: Sequence[dict[str, Any]]) -> list[float]:
+        prompts = [{"prompt_token_ids": chat.conversation_ids(row["prompt"], row["response"])} for row in rows]
+        raw = PoolingParams(use_activation=False)
+        return [out.outputs.probs[0] for out in engine.classify(prompts, pooling_params=raw, use_tqdm=False)]
+
+    return score
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--hidden_size", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--batch_tokens", type=int, default=32768)
+    parser.add_argument("--without_vllm", action="store_true")
+    parser.add_argument("--results", type=Path, help="write the table there as JSON")
+    args = parser.parse_args()
+    os.environ.update(VLLM_ENVIRONMENT)
+    import pydoc_data.topics
+
+    corpus = "\n\n".join(pydoc_data.topics.topics.values())
+    rows = make_rows(args.prompts, corpus)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = make_classifier(Path(temporary, "reward"), corpus, hidden_size=args.hidden_size, layers=args.layers)
+        ways = {"one row at a time": ours(folder, batch_tokens=1), "rank": ours(folder, batch_tokens=args.batch_tokens)}
+        if not args.without_vllm:
+            ways["vLLM"] = vllm(folder)
+        table = measure(ways, rows, args.repeats)
+    from rlhf_pipeline.core.provenance import versions
+
+    for name, line in table.items():
+        print(
+            f"{name:<20} {line['seconds']:8.2f} s  {line['rows_per_second']:8.1f} rows/s  {line['speedup']:5.2f}x"
+            f"  rewards differ by at most {line['largest_difference']:.1e}"
+        )
+    if args.results:
+        about = {"arguments": {k: str(v) for k, v in vars(args).items()}, "machine": machine(), "versions": versions()}
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        args.results.write_text(json.dumps({"table": table, **about}, indent=2) + "\n")
+
+
+def measure(ways: dict[str, Score], rows: Sequence[dict[str, Any]], repeats: int) -> dict[str, dict[str, float]]:
+    """Of each way the median time over alternating repeats, beside the first way's."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    rewards: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        for name, score in ways.items():
+            started = time.perf_counter()
+            rewards[name] = score(rows)
+            seconds[name].append(time.perf_counter() - started)
+    first = next(iter(ways))
+    return {
+        name: {
+            "seconds": statistics.median(times),
+            "rows_per_second": len(rows) / statistics.median(times),
+            "speedup": statistics.median(seconds[first]) / statistics.median(times),
+            "largest_difference": max(abs(a - b) for a, b in zip(rewards[name], rewards[first], strict=True)),
+        }
+        for name, times in seconds.items()
+    }
+
+
+def machine() -> dict[str, Any]:
+    import torch
+
+    found = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return {
+        "processor": found[0] if found else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+if __name__ == "__main__":
+    main()

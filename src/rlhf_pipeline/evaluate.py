@@ -1,0 +1,447 @@
+"""Is it better? Several policies answer held-out prompts, several reward models judge, and the numbers are compared.
+
+Runs generate and rank as processes, once per policy and reward model, into ordinary repos in between; the first policy
+is the baseline. Writes results.json: rewards and win rates with intervals, KL to the baseline, lengths, repetition.
+
+    python -m rlhf_pipeline.evaluate --policies runs/tiny/sft runs/tiny/iteration_1/policy \\
+        --reward_models proxy=runs/tiny/reward gold=rlhf_pipeline.tiny:gold \\
+        --prompts runs/tiny/world/prompts_heldout --num_responses 2 --output runs/tiny/evaluation
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlhf_pipeline.core import evaluation, preflight, provenance, schema, scoring, storage, verdict
+from rlhf_pipeline.core.chat import Chat
+from rlhf_pipeline.core.command import RUN, BadUse, How, RunFlags, What, entry, fields_with_roles, what_fields
+from rlhf_pipeline.core.evaluation import ENSEMBLE, LOG_PROBS, RESPONSES, RESULTS, Answers
+from rlhf_pipeline.core.files import read_json, write_json
+from rlhf_pipeline.core.processes import run_stage
+from rlhf_pipeline.core.progress import duration, say
+from rlhf_pipeline.core.tables import print_policies
+
+if TYPE_CHECKING:
+    from rlhf_pipeline.core.models import ModelRef
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+FILES = {RESULTS, storage.PROVENANCE, storage.IDENTITY, storage.CARD}
+RESERVED = {RESPONSES, LOG_PROBS, ENSEMBLE, *verdict.OTHER_COLUMNS}
+"""What a policy, and what a reward model, can't be called: it means something else in the folder or in summary.json."""
+PLACES = ("policies", "reward_models", "prompts", "output", "chat_template")
+"""Fields that name things: what they hold counts, by its fingerprint, not what they are called."""
+
+
+@dataclass(frozen=True)
+class Config:
+    policies: What[tuple[str, ...]]
+    """Policies, NAME=REF or REF each: a local folder or a Hub id. The first is the baseline. A run folder stands for
+    the policy of its last iteration."""
+    reward_models: What[tuple[str, ...]]
+    """Reward models, NAME=REF or REF each, as rank takes them. First the one that the policies were trained to please
+    (the proxy), second the one to believe (gold, or a reward model not trained on), then any others."""
+    prompts: What[str] = "./prompts_heldout"
+    """Prompts held out from training: what generate --prompts takes. A column category gives a table per category."""
+    output: What[str] = "./evaluation"
+    """Local folder for responses, rewards and results."""
+    split: What[str] = "train"
+    """Split of the prompts."""
+    num_prompts: What[int | None] = None
+    """Take only the first so many prompts. None: all."""
+    ensemble: What[tuple[str, ...]] = ()
+    """Names of reward models whose mean, each in standard deviations of the baseline's rewards, judges as well."""
+
+    num_responses: What[int] = 1
+    """Responses to each prompt."""
+    temperature: What[float] = 0.8
+    """Sampling temperature, also that of the log-probs for the KL."""
+    top_p: What[float] = 0.9
+    """Sample among the most probable tokens that together have this probability."""
+    maxlen: What[int] = 2048
+    """New tokens of a response at most."""
+    seed: What[int] = 0
+    """Response i of each prompt is sampled with seed + 50 i, by every policy."""
+    system_prompt: What[str | None] = None
+    """System turn for prompts that have none."""
+    chat_template: What[str | None] = None
+    """File with a chat template to use instead of the policies' own."""
+    kl: What[bool] = True
+    """Estimate each policy's KL to the baseline; --no_kl saves two forward passes over its responses."""
+
+    backend: What[Literal["vllm", "transformers"]] = "vllm"
+    """generate's engine."""
+    generate_flags: What[str] = ""
+    """Further flags for generate, as one string: "--engine.max_model_len 4096"."""
+    rank_flags: What[str] = ""
+    """Further flags for rank, as one string."""
+    tensor_parallel_size: How[int | None] = None
+    """generate's GPUs that share a policy. None: all visible ones, or 1 on CPU."""
+    rank_processes: How[int] = 1
+    """Processes of rank, a GPU each, started with accelerate launch if there are several."""
+    batch_tokens: How[int] = 16384
+    """Tokens of one forward pass for the KL, padding included."""
+    vllm_python: How[str] = sys.executable
+    """Interpreter that runs generate."""
+    train_python: How[str] = sys.executable
+    """Interpreter that runs rank."""
+    run: RUN = RunFlags()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before a model is loaded."""
+
+    folder: Path
+    policies: dict[str, ModelRef]
+    reward_models: dict[str, scoring.RewardModel]
+    source: storage.Source
+    identity: dict[str, Any]
+
+
+# What is to be done
+
+
+def check_values(config: Config) -> None:
+    """Raise BadUse for values that can't be meant, before anything is read."""
+    for name in ("num_responses", "maxlen", "rank_processes", "batch_tokens", "num_prompts"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise BadUse(f"--{name} is {value}; expected 1 or more.")
+    if config.kl and config.temperature <= 0:
+        raise BadUse(
+            f"--temperature {config.temperature:g} is greedy, and greedy responses say nothing of the KL: "
+            "pass --no_kl, or a temperature above 0."
+        )
+    names = judges_of(config)
+    for name in config.ensemble:
+        if name not in names:
+            raise BadUse(f"--ensemble {name} is none of the reward models {', '.join(names)}.")
+    if len(set(config.ensemble)) != len(config.ensemble) or len(config.ensemble) == 1:
+        raise BadUse(f"--ensemble {' '.join(config.ensemble)}: expected at least two different reward models.")
+    policies_of(config)
+    if config.backend == "vllm" and config.vllm_python == sys.executable:
+        preflight.check_importable("vllm", flag="--backend vllm", instead="pass --backend transformers")
+
+
+def policies_of(config: Config) -> dict[str, str]:
+    """{name: reference}, the baseline first."""
+    return named(config.policies, FILES, "--policies")
+
+
+def judges_of(config: Config) -> dict[str, str]:
+    """{name: reference} of the reward models."""
+    return named(config.reward_models, RESERVED, "--reward_models")
+
+
+def named(items: Sequence[str], reserved: Collection[str], flag: str) -> dict[str, str]:
+    """{name: reference} of NAME=REF or REF items. Raises BadUse for a name that can't be one, or comes twice."""
+    found: dict[str, str] = {}
+    for item in items:
+        name, separator, ref = item.partition("=")
+        if not separator or not NAME.fullmatch(name):
+            name, ref = default_name(item), item
+        if not NAME.fullmatch(name) or name in reserved:
+            raise BadUse(f"{flag} {item} can't be called {name} here: write NAME={ref} with another name.")
+        if name in found:
+            raise BadUse(f"{flag} names {name} twice ({found[name]} and {ref}): write NAME={ref} for one of them.")
+        found[name] = ref
+    if not found:
+        raise BadUse(f"{flag} is empty; expected at least one.")
+    return found
+
+
+def default_name(ref: str) -> str:
+    """What to call a policy or reward model: the function's name, or the last part of its path or Hub id.
+
+    A folder named policy is called after the folder it lies in: runs/a/iteration_2/policy is iteration_2.
+    """
+    if match := scoring.FUNCTION_NAME.fullmatch(ref):
+        return str(match["name"] or match["member"])
+    parts = [part for part in ref.partition("@")[0].split("/") if part not in ("", ".", "..")]
+    if len(parts) > 1 and parts[-1] == "policy":
+        parts.pop()
+    return parts[-1] if parts else ref
+
+
+def resolve_policy(ref: str) -> str:
+    """`ref`, or the last iteration's policy if it is a run folder."""
+    policies = {int(path.parent.name.split("_")[1]): path for path in Path(ref).glob("iteration_[0-9]*/policy")}
+    return str(policies[max(policies)]) if policies else ref
+
+
+def choose_folder(config: Config) -> Path:
+    path = storage.parse_ref(config.output, flag="--output", output=True).path
+    if path is None:
+        raise BadUse(f"--output {config.output} is not a local folder, and results are written to one: ./NAME.")
+    preflight.check_writable(path, flag="--output")
+    return path
+
+
+def make_plan(config: Config) -> Plan:
+    """Resolve and check inputs. Raises BadUse with one sentence for what can't be evaluated."""
+    from rlhf_pipeline.core import models
+
+    own_template = config.chat_template is None
+    policies = {
+        name: models.resolve_model(resolve_policy(ref), flag="--policies", chat_template=own_template)
+        for name, ref in policies_of(config).items()
+    }
+    judges = {
+        name: scoring.resolve_reward_model(ref, flag="--reward_models") for name, ref in judges_of(config).items()
+    }
+    source = storage.open_source(config.prompts, flag="--prompts", split=config.split)
+    schema.require(source, (schema.PROMPT,), written_by="tiny", remedy="name a dataset with that column")
+    what = {name: value for name, value in what_fields(config).items() if name not in PLACES}
+    if config.chat_template is not None:
+        any_policy = next(iter(policies.values())).folder
+        what["chat_template"] = Chat.load(any_policy, chat_template=config.chat_template).template_hash
+    identity = {
+        "command": "evaluate",
+        "what": what,
+        "baseline": next(iter(policies)),
+        "inputs": {
+            "prompts": source.fingerprint,
+            "policies": {name: models.fingerprint(model) for name, model in policies.items()},
+            "reward_models": {name: judge.identity() for name, judge in judges.items()},
+        },
+    }
+    return Plan(choose_folder(config), policies, judges, source, identity)
+
+
+def recorded_identity(folder: Path) -> dict[str, Any] | None:
+    """What the evaluation in `folder` is of; that of one under way comes before that of the finished one."""
+    finished = read_json(folder / storage.PROVENANCE)
+    under_way: dict[str, Any] | None = read_json(folder / storage.IDENTITY)
+    return under_way or (finished["identity"] if finished else None)
+
+
+def merge(recorded: dict[str, Any], wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """An evaluation may grow: the identity of both together. Raises BadUse where they contradict each other."""
+    kinds = ("policies", "reward_models")
+    ours, theirs = wanted["inputs"], recorded["inputs"]
+    common = {kind: {name: theirs[kind][name] for name in ours[kind] if name in theirs[kind]} for kind in kinds}
+    new = {kind: {name: ours[kind][name] for name in ours[kind] if name not in theirs[kind]} for kind in kinds}
+    expected = {**recorded, "inputs": {**theirs, **{kind: {**common[kind], **new[kind]} for kind in kinds}}}
+    storage.check_same_run(folder, expected, wanted)
+    return {**wanted, "inputs": {**ours, **{kind: {**theirs[kind], **ours[kind]} for kind in kinds}}}
+
+
+def state_of(plan: Plan, *, overwrite: bool) -> tuple[str, dict[str, Any]]:
+    """("done", "partial" or "absent", identity to record). Raises BadUse if the folder holds another evaluation."""
+    recorded = recorded_identity(plan.folder)
+    if recorded is None:
+        if plan.folder.is_dir() and any(plan.folder.iterdir()):
+            raise BadUse(f"{plan.folder} exists and is not an output of rlhf_pipeline: name another --output.")
+        return "absent", plan.identity
+    try:
+        merged = merge(recorded, plan.identity, plan.folder)
+    except BadUse:
+        if not overwrite:
+            raise
+        return "absent", plan.identity
+    results = read_json(plan.folder / RESULTS)
+    wanted = set(plan.policies), set(plan.reward_models)
+    held = (
+        ({item["name"] for item in results["policies"]}, set(results["reward_models"])) if results else (set(), set())
+    )
+    done = all(names <= there for names, there in zip(wanted, held, strict=True))
+    return ("done" if done else "partial"), merged
+
+
+def print_plan(plan: Plan, config: Config, state: str) -> None:
+    prompts = min(plan.source.num_rows, config.num_prompts or plan.source.num_rows)
+    for position, (name, model) in enumerate(plan.policies.items()):
+        parts = (RESPONSES, *plan.reward_models)
+        there = [part for part in parts if state != "absent" and is_whole(plan.folder / name / part)]
+        note = f"; there already: {', '.join(there)}" if there else ""
+        say(f"policy     {name}{' (baseline)' if position == 0 else ''}: {model.text}{note}")
+    for name, judge in plan.reward_models.items():
+        say(f"judge      {name}: {judge.text}, {judge.kind}")
+    say(f"prompts    {plan.source.ref}: {prompts:,}, {prompts * config.num_responses:,} responses of every policy")
+    say(f"output     {plan.folder}: {state}")
+
+
+def check_pending(config: Config, pending: dict[str, int]) -> Path:
+    """The plan of an evaluation whose policies, reward models or prompts an earlier stage is still to write."""
+    from rlhf_pipeline.core import models
+
+    folder = choose_folder(config)
+    for name, ref in policies_of(config).items():
+        if ref not in pending:
+            models.resolve_model(resolve_policy(ref), flag="--policies", chat_template=config.chat_template is None)
+        say(f"policy     {name}: {ref}{', to be written by an earlier stage' if ref in pending else ''}")
+    for name, ref in judges_of(config).items():
+        if ref not in pending:
+            scoring.resolve_reward_model(ref, flag="--reward_models")
+        say(f"judge      {name}: {ref}{', to be written by an earlier stage' if ref in pending else ''}")
+    rows = pending.get(config.prompts)
+    if rows is None:
+        rows = storage.open_source(config.prompts, flag="--prompts", split=config.split).num_rows
+    rows = min(rows, config.num_prompts or rows)
+    say(f"prompts    {config.prompts}: {rows:,}, {rows * config.num_responses:,} responses of every policy")
+    say(f"output     {folder}")
+    return folder
+
+
+# Work
+
+
+def is_whole(folder: Path) -> bool:
+    return (folder / storage.PROVENANCE).exists()
+
+
+def generate_command(config: Config, plan: Plan, policy: str) -> list[str]:
+    given: dict[str, Any] = {
+        "--model": plan.policies[policy].text,
+        "--prompts": config.prompts,
+        "--split": config.split,
+        "--num_prompts": config.num_prompts,
+        "--output_repo": plan.folder / policy / RESPONSES,
+        "--num_responses": config.num_responses,
+        "--temperature": config.temperature,
+        "--top_p": config.top_p,
+        "--maxlen": config.maxlen,
+        "--seed": config.seed,
+        "--system_prompt": config.system_prompt,
+        "--chat_template": config.chat_template,
+        "--backend": config.backend,
+        "--tensor_parallel_size": config.tensor_parallel_size,
+    }
+    flags = [part for name, value in given.items() if value is not None for part in (name, str(value))]
+    return [config.vllm_python, "-m", "rlhf_pipeline.generate", *flags, *shlex.split(config.generate_flags)]
+
+
+def rank_command(config: Config, plan: Plan, policy: str, reward_model: str) -> list[str]:
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", str(config.rank_processes)]
+    home = plan.folder / policy
+    flags = [
+        *("--input_repo", str(home / RESPONSES)),
+        *("--output_repo", str(home / reward_model)),
+        *("--reward_model", plan.reward_models[reward_model].text),
+        *("--num_responses", str(config.num_responses)),
+    ]
+    launcher = launch if config.rank_processes > 1 else []
+    return [config.train_python, *launcher, "-m", "rlhf_pipeline.rank", *flags, *shlex.split(config.rank_flags)]
+
+
+def run_stages(config: Config, plan: Plan) -> None:
+    """Every policy's responses and rewards that are not there yet.
+
+    What is there whole was made for this evaluation: another one's is refused, or removed, before.
+    """
+    for policy in plan.policies:
+        if not is_whole(plan.folder / policy / RESPONSES):
+            run_stage(generate_command(config, plan, policy), name=f"generate for {policy}")
+        for judge in plan.reward_models:
+            if not is_whole(plan.folder / policy / judge):
+                run_stage(rank_command(config, plan, policy, judge), name=f"rank of {policy} by {judge}")
+
+
+def measure_distances(config: Config, plan: Plan) -> None:
+    """Every later policy's log-probs and the baseline's of what that policy said, into <output>/<policy>/log_probs."""
+    from rlhf_pipeline.core import distance
+
+    def policy(name: str) -> distance.Policy:
+        model = plan.policies[name]
+        chat = Chat.load(model.folder, chat_template=config.chat_template, system_prompt=config.system_prompt)
+        return distance.Policy(name, model, plan.identity["inputs"]["policies"][name], chat)
+
+    start, *others = plan.policies
+    for name in others:
+        distance.write_log_probs(
+            plan.folder / name,
+            policy(name),
+            policy(start),
+            temperature=config.temperature,
+            batch_tokens=config.batch_tokens,
+            config=all_fields(config),
+        )
+
+
+def all_fields(config: Config) -> dict[str, Any]:
+    return {name: value for name, _, value in fields_with_roles(config)}
+
+
+def compute(config: Config, plan: Plan) -> dict[str, Any]:
+    """The results, from what lies in the folder."""
+    every = [evaluation.read_answers(plan.folder, name, list(plan.reward_models)) for name in plan.policies]
+    asked = min(plan.source.num_rows, config.num_prompts or plan.source.num_rows)
+    answers: list[Answers] = evaluation.align(every)
+    if config.ensemble:
+        answers = evaluation.with_ensemble(answers, config.ensemble)
+    results = evaluation.compare(answers)
+    for item in results["policies"]:
+        item["model"] = plan.policies[item["name"]].text
+    sampling = {name: getattr(config, name) for name in ("temperature", "top_p", "maxlen", "seed", "backend")}
+    return {**results, "prompts_left_out": asked - results["prompts"], "sampling": sampling}
+
+
+def write_results(config: Config, plan: Plan, results: dict[str, Any], identity: dict[str, Any]) -> None:
+    write_json(plan.folder / RESULTS, results)
+    made = provenance.describe(
+        command="evaluate",
+        config=all_fields(config),
+        inputs={
+            "prompts": provenance.describe_source(plan.source),
+            **{
+                f"policy {name}": {"ref": model.text, "fingerprint": plan.identity["inputs"]["policies"][name]}
+                for name, model in plan.policies.items()
+            },
+            **{
+                f"reward model {name}": {"ref": judge.text, "kind": judge.kind, "fingerprint": judge.fingerprint}
+                for name, judge in plan.reward_models.items()
+            },
+        },
+        rows_in=results["prompts"] + results["prompts_left_out"],
+        rows_out=results["prompts"],
+        dropped={"not answered by every policy": results["prompts_left_out"]},
+        engine={"name": config.backend},
+    )
+    facts = {
+        item["name"]: {name: value["mean"] for name, value in item["rewards"].items()} for item in results["policies"]
+    }
+    card = provenance.model_card(title="An evaluation", provenance=made, facts=facts)
+    storage.finish_run(plan.folder, identity, made, card)
+
+
+def main(config: Config) -> Path:
+    check_values(config)
+    pending = config.run.pending_rows() if config.run.check else {}
+    if {config.prompts, *policies_of(config).values(), *judges_of(config).values()} & set(pending):
+        return check_pending(config, pending)
+    plan = make_plan(config)
+    state, identity = state_of(plan, overwrite=config.run.overwrite)
+    print_plan(plan, config, state)
+    if config.run.check:
+        return plan.folder
+    if state == "done":
+        say("done before")
+        print_policies(verdict.summarize(read_json(plan.folder / RESULTS)))
+        return plan.folder
+    with storage.run_lock(plan.folder):
+        started = time.monotonic()
+        state, identity = state_of(plan, overwrite=config.run.overwrite)  # another run may have held the lock
+        if state == "absent":
+            shutil.rmtree(plan.folder, ignore_errors=True)
+        write_json(plan.folder / storage.IDENTITY, identity)
+        run_stages(config, plan)
+        if config.kl:
+            measure_distances(config, plan)
+        results = compute(config, plan)
+        write_results(config, plan, results, identity)
+        say()
+        print_policies(verdict.summarize(results))
+        say(f"\ndone in {duration(time.monotonic() - started)}: {plan.folder / RESULTS}")
+    return plan.folder
+
+
+if __name__ == "__main__":
+    entry(main, Config)

@@ -1,0 +1,449 @@
+"""Stage 1: prompts -> N responses to each, sampled from a policy.
+
+Reads a dataset of prompts (a Hub dataset, an output of this pipeline, a .jsonl, .json, .csv or .parquet file) and
+writes prompt_id, prompt, response_{i}, response_{i}_tokens and response_{i}_finish_reason. A run that was killed goes
+on where it stood when the same command runs again.
+
+    python -m rlhf_pipeline.generate --output_repo ./runs/a/responses --prompts ./prompts.jsonl
+    python -m rlhf_pipeline.generate --world_size 8 --output_repo OWNER/NAME
+    python -m rlhf_pipeline.generate --model ./policy --prompts ./prompts.jsonl --output_repo ./out --check
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from rlhf_pipeline.core import preflight, prompts, provenance, storage
+from rlhf_pipeline.core.chat import Chat
+from rlhf_pipeline.core.command import RUN, BadUse, How, RunFlags, What, entry, fields_with_roles, what_fields
+from rlhf_pipeline.core.files import read_json, write_atomic, write_json
+from rlhf_pipeline.core.progress import bar, duration, say
+from rlhf_pipeline.core.responses import JOURNAL, SEED_STEP, SPLIT, Responses, Summary, summarize
+from rlhf_pipeline.core.sampling import (
+    EngineOptions,
+    Sampler,
+    SamplingSettings,
+    TransformersSampler,
+    VllmSampler,
+    bind_cores,
+    checkpoint_dtype,
+)
+
+if TYPE_CHECKING:
+    from rlhf_pipeline.core.models import ModelRef
+
+BYTES_PER_TOKEN = 4
+"""Of a response, on disk: its text and its ids, compressed."""
+SKIPPED = "skipped.jsonl"
+"""Beside the data: the prompts that were set aside, {row, prompt_id, reason, detail}."""
+
+
+@dataclass(frozen=True)
+class Config:
+    output_repo: What[str]
+    """Where to write the responses: a local folder, or OWNER/NAME on the Hub."""
+    model: What[str] = "meta-llama/Meta-Llama-3-8B-Instruct"
+    """Policy to sample from: a local folder or a Hub id."""
+    prompts: What[str] = "allenai/ultrafeedback_binarized_cleaned_train"
+    """Prompts: a Hub dataset, an output of this pipeline, or a .jsonl, .json, .csv or .parquet file."""
+    split: What[str] = "train"
+    """Split of the prompts."""
+    prompt_column: What[str] = "prompt"
+    """Column that holds the prompts, as text or as messages."""
+    start_idx: What[int] = 0
+    """First row to take."""
+    end_idx: What[int] = -1
+    """Row to stop before. -1: the end."""
+    num_prompts: What[int | None] = None
+    """Take only the first so many of these rows. None: all."""
+    shuffle_seed: What[int | None] = None
+    """Shuffle the rows with this seed before start_idx, end_idx and num_prompts count. None: as they come."""
+
+    num_responses: Annotated[What[int], tyro.conf.arg(aliases=("--pairs",))] = 5
+    """Responses to each prompt."""
+    temperature: What[float] = 0.8
+    """Sampling temperature. 0: always the most probable token."""
+    top_p: What[float] = 0.9
+    """Sample among the most probable tokens that together have this probability."""
+    maxlen: What[int] = 2048
+    """New tokens of a response at most."""
+    seed: What[int] = 0
+    """Response i of each prompt is sampled with seed + 50 i."""
+    token_logps: What[bool] = False
+    """Keep the sampled tokens' log-probabilities at temperature 1, for diagnosis, in response_{i}_token_logps."""
+
+    system_prompt: What[str | None] = None
+    """System turn for prompts that have none."""
+    chat_template: What[str | None] = None
+    """File with a chat template to use instead of the model's own."""
+    date: What[str | None] = None
+    """Day (YYYY-MM-DD) that a template is told which asks for today's. None: a fixed one."""
+
+    backend: What[Literal["vllm", "transformers"]] = "vllm"
+    """Engine. transformers needs no vLLM; it is for small models."""
+    tensor_parallel_size: Annotated[How[int | None], tyro.conf.arg(aliases=("--world_size",))] = None
+    """GPUs (groups of CPU cores) that share the model. None: all visible GPUs, or 1 on CPU."""
+    engine: EngineOptions = EngineOptions()
+    batch_invariant: How[bool] = False
+    """vLLM's mode in which a row's numbers do not depend on its batch: a restart on GPUs gives identical rows."""
+    rows_per_shard: How[int] = 1000
+    """Prompts per parquet file."""
+    public: How[bool] = False
+    """Make an output on the Hub public."""
+    run: RUN = RunFlags()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before a model is loaded. window: tokens that the longest prompt and response need."""
+
+    model: ModelRef
+    chat: Chat
+    source: storage.Source
+    rows: int
+    prompts: prompts.Prompts
+    window: int
+    tensor_parallel_size: int
+    dtype: str
+    output: storage.Ref
+    identity: dict[str, Any]
+
+
+def check_values(config: Config) -> None:
+    """Raise BadUse for values that can't be meant, before anything is read."""
+    for name in ("num_responses", "maxlen", "rows_per_shard", "num_prompts", "tensor_parallel_size"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise BadUse(f"--{name} is {value}; expected 1 or more.")
+    if not 0 <= config.temperature <= 2:
+        raise BadUse(f"--temperature is {config.temperature}; expected a number from 0 (greedy) to 2.")
+    if not 0 < config.top_p <= 1:
+        raise BadUse(f"--top_p is {config.top_p}; expected a number above 0, at most 1.")
+    if config.temperature == 0 and config.num_responses > 1:
+        raise BadUse(
+            f"--temperature 0 is greedy: all {config.num_responses} responses to a prompt would be the same; "
+            "pass --num_responses 1, or a temperature above 0."
+        )
+    if config.seed < 0:
+        raise BadUse(f"--seed is {config.seed}; expected 0 or more.")
+    if config.backend == "vllm":
+        preflight.check_importable("vllm", flag="--backend vllm", instead="pass --backend transformers")
+    else:
+        check_transformers_options(config)
+
+
+def check_transformers_options(config: Config) -> None:
+    if (config.tensor_parallel_size or 1) > 1:
+        raise BadUse(
+            f"--tensor_parallel_size {config.tensor_parallel_size} needs --backend vllm; transformers takes one device."
+        )
+    if config.engine.quantization is not None:
+        raise BadUse(f"--engine.quantization {config.engine.quantization} needs --backend vllm.")
+    if config.batch_invariant:
+        raise BadUse("--batch_invariant is a mode of vLLM's: drop it, or pass --backend vllm.")
+
+
+def make_plan(config: Config) -> Plan:
+    """Resolve and check inputs, and render the prompts. Raises BadUse with one sentence for what can't be sampled."""
+    from rlhf_pipeline.core import models
+
+    output = storage.parse_ref(config.output_repo, flag="--output_repo", output=True)
+    model = models.resolve_model(config.model, flag="--model", chat_template=config.chat_template is None)
+    source = storage.open_source(config.prompts, flag="--prompts", split=config.split)
+    source = prompts.read_as_prompt(source, config.prompt_column)
+    rows = prompts.choose_rows(
+        source.num_rows,
+        start_idx=config.start_idx,
+        end_idx=config.end_idx,
+        num_prompts=config.num_prompts,
+        shuffle_seed=config.shuffle_seed,
+    )
+    chat = Chat.load(
+        model.folder, chat_template=config.chat_template, system_prompt=config.system_prompt, date=config.date
+    )
+    model_config = models.load_config(model.folder)
+    limit = choose_window(models.context_window(model_config), config)
+    prepared = prompts.prepare(source, chat, rows, limit)
+    window = min(limit, prepared.longest + config.maxlen)
+    dtype = checkpoint_dtype(model.folder) if config.engine.dtype == "auto" else config.engine.dtype
+    identity = identify(
+        config, dtype, chat, window, {"model": models.fingerprint(model), "prompts": source.fingerprint}
+    )
+    tensor_parallel_size = choose_tensor_parallel_size(config, model_config.get_text_config().num_attention_heads)
+    return Plan(model, chat, source, len(rows), prepared, window, tensor_parallel_size, dtype, output, identity)
+
+
+def choose_window(of_model: int | None, config: Config) -> int:
+    """Tokens of prompt and response together, at most."""
+    asked = config.engine.max_model_len
+    if of_model is None and asked is None:
+        raise BadUse(f"--model {config.model} does not say how long its window is: pass --engine.max_model_len.")
+    if of_model is not None and asked is not None and asked > of_model:
+        raise BadUse(f"--engine.max_model_len {asked} is longer than the window of --model {config.model}, {of_model}.")
+    return asked or of_model or 0
+
+
+def choose_tensor_parallel_size(config: Config, num_heads: int) -> int:
+    if config.backend == "transformers":
+        return 1
+    size = config.tensor_parallel_size or max(1, len(preflight.visible_gpus()))
+    if num_heads % size:
+        raise BadUse(
+            f"--tensor_parallel_size {size} does not divide the {num_heads} attention heads of --model {config.model}: "
+            "pass a divisor of that."
+        )
+    if not preflight.visible_gpus():
+        bind_cores(size)  # refuses more groups than cores
+    preflight.check_gpus(size, memory_share=config.engine.gpu_memory_utilization, flag="--tensor_parallel_size")
+    return size
+
+
+def identify(config: Config, dtype: str, chat: Chat, window: int, inputs: dict[str, str]) -> dict[str, Any]:
+    """What decides the rows: values and contents, not the names under which they are found."""
+    what = what_fields(config)
+    for name in ("output_repo", "model", "prompts", "system_prompt", "chat_template", "date"):
+        del what[name]
+    what |= {"engine.dtype": dtype, "window": window}
+    described = chat.describe()
+    return {"command": "generate", "what": what, "inputs": inputs, "chat": {**described, "stop_ids": chat.end_ids}}
+
+
+def settings_of(config: Config, chat: Chat) -> SamplingSettings:
+    return SamplingSettings(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        max_tokens=config.maxlen,
+        stop_ids=chat.end_ids,
+        token_logps=config.token_logps,
+    )
+
+
+def print_plan(plan: Plan, config: Config) -> None:
+    kept = plan.prompts.kept
+    tokens = sum(len(prompt.ids) for prompt in kept)
+    responses = len(kept) * config.num_responses
+    say(f"model      {plan.model.text}: {plan.identity['inputs']['model'][:16]}, {plan.dtype}")
+    say(f"prompts    {plan.source.ref}: {plan.rows:,} of {plan.source.num_rows:,} rows, {len(kept):,} can be answered")
+    for reason, count in plan.prompts.reasons.items():
+        say(f"set aside  {count:,}: {reason}")
+    if plan.prompts.repeated:
+        say(f"repeated   {plan.prompts.repeated:,} prompts occur before; equal seeds give them equal responses")
+    last_seed = config.seed + SEED_STEP * (config.num_responses - 1)
+    say(
+        f"responses  {responses:,}, {config.num_responses} to each prompt, temperature {config.temperature:g}, "
+        f"top-p {config.top_p:g}, seeds {config.seed} to {last_seed} by {SEED_STEP}"
+    )
+    say(
+        f"tokens     {tokens:,} of prompts, {plan.prompts.longest:,} of the longest; of responses at most "
+        f"{config.maxlen:,} each, {responses * config.maxlen:,} together"
+    )
+    say(
+        f"engine     {config.backend}, tensor parallel {plan.tensor_parallel_size}, {plan.window:,} tokens per sequence"
+    )
+    folder = plan.output.folder
+    state = storage.existing_state(folder, plan.identity, overwrite=config.run.overwrite)
+    if state == "partial":
+        state = f"partial, {count_shards(folder)} of {-(-len(kept) // config.rows_per_shard)} shards written"
+    say(f"output     {plan.output}: {state}; at most {preflight.gigabytes(estimate_bytes(plan, config))}")
+
+
+def count_shards(folder: Path) -> int:
+    return len(list((storage.partial_folder(folder) / "data").glob("*.parquet")))
+
+
+def estimate_bytes(plan: Plan, config: Config) -> int:
+    return len(plan.prompts.kept) * config.num_responses * config.maxlen * BYTES_PER_TOKEN
+
+
+def check_pending(config: Config, pending: dict[str, int]) -> Path:
+    """The plan of a run whose prompts or model an earlier stage is still to write."""
+    output = storage.parse_ref(config.output_repo, flag="--output_repo", output=True)
+    preflight.check_writable(output.folder, flag="--output_repo")
+    available = pending.get(config.prompts)
+    if available is None:
+        available = storage.open_source(config.prompts, flag="--prompts", split=config.split).num_rows
+    if config.model not in pending:
+        from rlhf_pipeline.core import models
+
+        models.resolve_model(config.model, flag="--model", chat_template=config.chat_template is None)
+    rows = prompts.choose_rows(
+        available, start_idx=config.start_idx, end_idx=config.end_idx, num_prompts=config.num_prompts
+    )
+    later = dict.fromkeys(pending, ", to be written by an earlier stage")
+    say(f"model      {config.model}{later.get(config.model, '')}")
+    say(f"prompts    {config.prompts}: {len(rows):,} of {available:,} rows{later.get(config.prompts, '')}")
+    say(f"responses  {len(rows) * config.num_responses:,}, {config.num_responses} to each prompt")
+    say(f"output     {output}: absent")
+    return output.folder
+
+
+# Work
+
+
+def start_sampler(plan: Plan, config: Config) -> Sampler:
+    from rlhf_pipeline.core import models
+
+    folder = models.fetch_weights(plan.model, flag="--model")
+    settings = settings_of(config, plan.chat)
+    if config.backend == "vllm":
+        return VllmSampler(
+            folder,
+            plan.chat.tokenizer,
+            settings,
+            config.engine,
+            dtype=plan.dtype,
+            max_model_len=plan.window,
+            tensor_parallel_size=plan.tensor_parallel_size,
+            batch_invariant=config.batch_invariant,
+        )
+    return TransformersSampler(
+        load_model(folder, plan.dtype),
+        plan.chat.tokenizer,
+        settings,
+        max_model_len=plan.window,
+        max_num_seqs=config.engine.max_num_seqs,
+    )
+
+
+def load_model(folder: Path, dtype: str) -> Any:
+    import torch
+
+    from rlhf_pipeline.core import models
+
+    numbers: torch.dtype = models.stored_dtype(folder) if dtype == "auto" else getattr(torch, dtype)
+    attention = models.choose_attention("auto", models.load_config(folder), half_precision=numbers != torch.float32)
+    model = models.load_policy(folder, dtype=numbers, attn_implementation=attention)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def sample_all(plan: Plan, config: Config, responses: Responses, folder: Path) -> None:
+    """Sample what is not there yet, in one pass of the engine over all shards."""
+    done = responses.finished
+    if done == responses.total:
+        return
+    with contextlib.closing(start_sampler(plan, config)) as sampler:
+        note_engine(folder, sampler.engine)
+        started, tokens = time.monotonic(), 0
+        with bar(responses.total, "responses", "generate", done=done) as advance:
+            for sample in sampler.sample(responses.requests()):
+                responses.add(sample)
+                tokens += len(sample.token_ids)
+                advance(1)
+        seconds = time.monotonic() - started
+        say(f"sampled {tokens:,} tokens in {duration(seconds)}: {tokens / seconds:,.0f} tokens/s")
+        if isinstance(sampler, VllmSampler) and sampler.fewest_waiting is not None:
+            say(f"at least {sampler.fewest_waiting} requests waited at any time (max_num_seqs {sampler.max_num_seqs})")
+
+
+def note_engine(folder: Path, engine: dict[str, Any]) -> None:
+    """Add `engine` to those that have worked on this output, for its provenance."""
+    path = folder / JOURNAL / "engines.json"
+    engines = read_json(path) or []
+    if engine not in engines:
+        write_json(path, [*engines, engine])
+
+
+def publish(plan: Plan, config: Config, output: storage.Output) -> str:
+    """Summarise the finished shards, and let the dataset appear; returns where it is."""
+    files = storage.shard_files(output.folder, "--output_repo")[SPLIT]
+    summary = summarize(files, config.num_responses)
+    say(
+        f"{summary.prompts:,} prompts x {config.num_responses} responses: mean length {summary.mean_length:.1f}, "
+        f"longest {summary.longest:,} tokens; {summary.truncated:.1%} truncated, {summary.empty:.1%} empty, "
+        f"{summary.repeated:.1%} repeat another response to their prompt"
+    )
+    if plan.prompts.skipped:
+        lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in plan.prompts.skipped)
+        write_atomic(output.folder / SKIPPED, "".join(lines))
+    made = describe(plan, config, summary, read_json(output.folder / JOURNAL / "engines.json"))
+    output.publish(made, card(made, config, files[0]))
+    return storage.deliver(plan.output)
+
+
+def describe(plan: Plan, config: Config, summary: Summary, engines: list[dict[str, Any]]) -> dict[str, Any]:
+    return provenance.describe(
+        command="generate",
+        config={name: value for name, _, value in fields_with_roles(config)},
+        inputs={
+            "prompts": provenance.describe_source(plan.source),
+            "model": {"ref": plan.model.text, "fingerprint": plan.identity["inputs"]["model"]},
+        },
+        rows_in=plan.rows,
+        rows_out=len(plan.prompts.kept),
+        dropped=plan.prompts.reasons,
+        engine=engines[-1],
+        earlier_engines=engines[:-1],
+        sampling={**asdict(settings_of(config, plan.chat)), "seed": config.seed, "seed_step": SEED_STEP},
+        chat=plan.chat.describe(),
+        responses=asdict(summary),
+    )
+
+
+COLUMNS = {
+    "prompt_id": "the source's, or the first 16 hex digits of sha256 of the prompt",
+    "prompt": "the prompt as it came: text, or messages",
+    "category": "the source's",
+    "response_{i}": "text of the response, without special tokens",
+    "response_{i}_tokens": "its ids as sampled, with the stop id if one was emitted",
+    "response_{i}_finish_reason": "stop, or length: cut at --maxlen or the window",
+    "response_{i}_token_logps": "log-probabilities of its ids at temperature 1",
+}
+
+
+def card(made: dict[str, Any], config: Config, shard: Path) -> str:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(shard) as file:
+        written = file.schema_arrow.names
+        sample = next(file.iter_batches(1)).to_pylist()[0]
+    return provenance.card(
+        title=f"{config.num_responses} responses of {config.model} to each prompt",
+        provenance=made,
+        splits=[SPLIT],
+        columns={name: text for name, text in COLUMNS.items() if name.format(i=0) in written},
+        facts={"sampling": made["sampling"], "responses": made["responses"]},
+        samples=[{name: value for name, value in sample.items() if isinstance(value, str)}],
+    )
+
+
+def main(config: Config) -> Path:
+    check_values(config)
+    pending = config.run.pending_rows() if config.run.check else {}
+    if config.prompts in pending or config.model in pending:
+        return check_pending(config, pending)
+    plan = make_plan(config)
+    print_plan(plan, config)
+    folder = plan.output.folder
+    preflight.check_writable(folder, flag="--output_repo")
+    preflight.check_disk(folder, estimate_bytes(plan, config), flag="--output_repo")
+    if config.run.check:
+        return folder
+    started = time.monotonic()
+    storage.prepare_delivery(plan.output, public=config.public, flag="--output_repo")
+    with storage.open_output(folder, plan.identity, overwrite=config.run.overwrite) as output:
+        if output.done:
+            say(f"done before: {storage.deliver(plan.output)}")  # again: that push may be what was killed
+            return folder
+        responses = Responses(
+            output,
+            plan.prompts.kept,
+            num_responses=config.num_responses,
+            seed=config.seed,
+            rows_per_shard=config.rows_per_shard,
+            token_logps=config.token_logps,
+        )
+        sample_all(plan, config, responses, output.folder)
+        where = publish(plan, config, output)
+    say(f"done in {duration(time.monotonic() - started)}: {where}")
+    return folder
+
+
+if __name__ == "__main__":
+    entry(main, Config)
