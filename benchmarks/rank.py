@@ -77,10 +77,10 @@ def make_classifier(folder: Path, corpus: str, *, hidden_size: int, layers: int)
     return folder
 
 
-def ours(folder: Path, *, batch_tokens: int) -> Score:
+def ours(folder: Path, *, batch_tokens: int | None) -> Score:
     import torch
 
-    from rlhf_pipeline.core.reward_models import ScoringOptions
+    from rlhf_pipeline.core.network_scorers import ScoringOptions
     from rlhf_pipeline.core.scoring import load_scorer, resolve_reward_model
 
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--batch_tokens", type=int, default=32768)
+    parser.add_argument("--batch_tokens", type=int, help="rank's; default: its own")
     parser.add_argument("--without_vllm", action="store_true")
     parser.add_argument("--results", type=Path, help="write the table there as JSON")
     args = parser.parse_args()

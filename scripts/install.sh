@@ -9,6 +9,7 @@ cd "$(dirname "$0")/.."
 
 uv_version=0.13.8
 venv=.venv
+export UV_COMPILE_BYTECODE=1 # where Python may not write its own, every command would compile 2,000 files first
 stamp=$venv/installed # its first line says cpu or gpu, the rest is what was wanted
 
 say() { printf '%s\n' "install: $*"; }

@@ -32,8 +32,8 @@ from rlhf_pipeline.core.command import (
     what_fields,
 )
 from rlhf_pipeline.core.files import locked
+from rlhf_pipeline.core.network_scorers import Dtype, HeadDtype, Score, ScoringOptions, resolve_dtype
 from rlhf_pipeline.core.progress import bar, duration, say
-from rlhf_pipeline.core.reward_models import Dtype, HeadDtype, Score, ScoringOptions, resolve_dtype
 from rlhf_pipeline.core.scoring import Combine, Scorer
 
 if TYPE_CHECKING:
@@ -87,8 +87,9 @@ class Config:
 
     on_error: How[Literal["keep", "stop"]] = "keep"
     """A response that can't be scored: keep it without a reward and with the reason, or stop the run."""
-    batch_tokens: How[int] = 32768
-    """Tokens of one batch, padding included; halved when the GPU's memory is too small."""
+    batch_tokens: How[int | None] = None
+    """Tokens of one batch, padding included; halved when the GPU's memory is too small. None: 32768 on a GPU,
+    2048 on a CPU."""
     public: How[bool] = False
     """Make an output on the Hub public."""
     run: RUN = RunFlags()

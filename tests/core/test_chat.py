@@ -265,6 +265,23 @@ def test_a_token_across_the_boundary_leaves_the_prompt_as_the_model_saw_it(folde
     assert chat.response_ids("Hi there", "Good day!") == chat.tokenizer.convert_tokens_to_ids(expected)
 
 
+def test_a_response_has_the_ids_that_it_has_after_its_prompt(tmp_path):
+    """A tokenizer of the SentencePiece kind puts a space mark before a text; the response of a chat is none that
+    begins a text, so it must not get one."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = ["▁", "\n", *map(chr, range(33, 127))]
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.add_special_tokens([AddedToken("</s>", special=True, normalized=False)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", chat_template=ZEPHYR)
+    assert fast.tokenize("Go") == ["▁", "G", "o"]
+    fast.save_pretrained(tmp_path)
+    chat = Chat.load(tmp_path)
+    assert chat.tokenizer.convert_ids_to_tokens(chat.response_ids("Hi", "Go on")) == [*"Go▁on", "</s>"]
+
+
 @every_kind
 def test_leaving_most_of_the_prompt_out_changes_no_id(name, chats, folder_of):
     """The definition with nothing left out: ids of the whole conversation minus ids of the prompt."""

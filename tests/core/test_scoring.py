@@ -13,7 +13,7 @@ import torch
 
 from rlhf_pipeline.core import scoring
 from rlhf_pipeline.core.command import BadUse, WorkFailed
-from rlhf_pipeline.core.reward_models import Score, ScoringOptions
+from rlhf_pipeline.core.network_scorers import Score, ScoringOptions
 from tiny_reward_models import save_shards, write_armorm, write_classifier
 
 PROMPTS: list[str | list[dict[str, str]]] = [

@@ -192,7 +192,5 @@ def order_of_rows(rows: int, updates: int, batch_size: int, seed: int) -> npt.ND
     A function of its arguments, so that every rank and every resumed run agrees.
     """
     epochs = -(-updates * batch_size // rows)
-    order = np.concatenate(
-        [np.random.default_rng([seed, epoch]).permutation(rows) for epoch in range(epochs)]
-    )
+    order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(rows) for epoch in range(epochs)])
     return order[: updates * batch_size].reshape(updates, batch_size)

@@ -16,7 +16,7 @@ import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar, cast
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import tyro
 
@@ -68,7 +68,7 @@ RUN = Annotated[RunFlags, tyro.conf.arg(name="")]
 
 def parse(config_type: type[T], args: list[str] | None = None) -> T:
     """The Config that `args` (default: sys.argv) stand for; tyro's own errors exit with 2."""
-    return cast(T, tyro.cli(config_type, args=args, **_style(config_type)))
+    return tyro.cli(config_type, args=args, **_style(config_type))
 
 
 def parse_known(config_type: type[T], args: list[str], *, default: T | None = None) -> tuple[T, list[str]]:
@@ -76,9 +76,8 @@ def parse_known(config_type: type[T], args: list[str], *, default: T | None = No
 
     default: a Config whose values hold where `args` say nothing.
     """
-    given = {} if default is None else {"default": default}
-    found = tyro.cli(config_type, args=args, return_unknown_args=True, **given, **_style(config_type))
-    return cast("tuple[T, list[str]]", found)
+    given: dict[str, Any] = {} if default is None else {"default": default}
+    return tyro.cli(config_type, args=args, return_unknown_args=True, **given, **_style(config_type))
 
 
 def _style(config_type: type) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from rlhf_pipeline.core.batches import Batch
 from rlhf_pipeline.core.command import BadUse
 
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
-"""Memory of one chunk of logits, in the dtype of the log-probs."""
+"""Memory of one chunk of logits; other devices take the CPU's."""
 
 
 def token_logps(model: nn.Module, batch: Batch, temperature: float) -> Tensor:
@@ -275,8 +275,8 @@ class _Head:
         return self.logit_map(logits.to(self.exact), self.temperature)
 
     def chunks(self, hidden: Tensor) -> list[slice]:
-        bytes_per_row = len(self.weight) * self.exact.itemsize
-        size = max(1, CHUNK_BYTES[hidden.device.type] // bytes_per_row)
+        chunk_bytes = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"])
+        size = max(1, chunk_bytes // (len(self.weight) * self.exact.itemsize))
         return [slice(start, start + size) for start in range(0, len(hidden), size)]
 
 

@@ -195,9 +195,7 @@ def choose_attention(name: Attention, config: PretrainedConfig, *, half_precisio
             "auto takes the best that is there."
         )
     if name == "sdpa" and not sdpa:
-        raise BadUse(
-            f"--attn_implementation sdpa can't compute {config.model_type}'s attention: pass eager or auto."
-        )
+        raise BadUse(f"--attn_implementation sdpa can't compute {config.model_type}'s attention: pass eager or auto.")
     return name
 
 
@@ -244,9 +242,7 @@ def disable_dropout(config: PretrainedConfig) -> None:
                 setattr(part, name, 0.0)
 
 
-def save_policy(
-    model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], *, start: Path, folder: Path
-) -> None:
+def save_policy(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], *, start: Path, folder: Path) -> None:
     """Write `state_dict` as a policy into `folder`, which generate --model, vLLM and from_pretrained load.
 
     `model` gives the names that the weights have on disk; `start` is the folder it was loaded from, whose

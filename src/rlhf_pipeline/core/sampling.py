@@ -158,7 +158,7 @@ class VllmSampler:
         self.engine = _describe_vllm(config, on_cpu, batch_invariant)
 
     def sample(self, requests: Iterable[Request]) -> Iterator[Sample]:
-        """Samples as they finish. Raises WorkFailed when the engine dies."""
+        """Samples as they finish. Raises WorkFailed when the engine dies or fails."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         left = iter(requests)
@@ -166,9 +166,9 @@ class VllmSampler:
             while self._fill(left) or self._engine.has_unfinished_requests():
                 for output in self._engine.step():
                     yield self._to_sample(output)
-        except EngineDeadError as error:
+        except (EngineDeadError, RuntimeError) as error:  # RuntimeError: out of memory, or a worker process is gone
             raise WorkFailed(
-                "vLLM's engine process has died (out of memory, or killed); finished responses are kept: "
+                f"vLLM has stopped working ({type(error).__name__}: {error}); what is finished is kept: "
                 "run the same command again."
             ) from error
 

@@ -1,4 +1,5 @@
-"""Rewards for responses: from ArmoRM, from any sequence classifier with one label, or from a Python function.
+"""Rewards for responses: from ArmoRM, a sequence classifier, a Python function, or a judge behind an
+endpoint.
 
 Every scorer takes rows {prompt_id, prompt, response, response_tokens, finish_reason} and gives one Score per
 row, in order. A row that can't be scored gets no reward and the reason, and never takes its neighbours with
@@ -23,8 +24,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rlhf_pipeline.core.command import BadUse, WorkFailed
 from rlhf_pipeline.core.files import read_json, sha256_of
-from rlhf_pipeline.core.provenance import fingerprint_model
-from rlhf_pipeline.core.reward_models import (
+from rlhf_pipeline.core.judge import TEMPLATE, Endpoint, Judge, read_template
+from rlhf_pipeline.core.network_scorers import (
     ARMORM_TENSOR,
     ArmoRM,
     Row,
@@ -34,6 +35,7 @@ from rlhf_pipeline.core.reward_models import (
     head_shapes,
     resolve_dtype,
 )
+from rlhf_pipeline.core.provenance import fingerprint_model, fingerprint_text
 from rlhf_pipeline.core.weights import check_head_names, tensor_files
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from rlhf_pipeline.core.models import ModelRef
 
 Combine = Literal["mean", "min", "median"]
-Kind = Literal["ArmoRM", "sequence classifier", "Python function"]
+Kind = Literal["ArmoRM", "sequence classifier", "Python function", "judge"]
 
 REWARD_OFFSET = "rlhf_pipeline_reward_offset"
 """config.json's key for the number that `reward` found to center its model's rewards; it is subtracted."""
@@ -71,14 +73,19 @@ class RewardModel:
     text: str
     kind: Kind
     fingerprint: str
-    """Hub commit, or sha256 of a folder's safetensors, or of the function's source file."""
+    """Hub commit, or sha256 of a folder's safetensors, of the function's source file, of the judge's
+    template.
+    """
     model: ModelRef | None = None
     chat: Chat | None = None
     function: Callable[[list[Row]], Any] | None = None
+    endpoint: Endpoint | None = None
 
     def identity(self) -> dict[str, str]:
         """All that decides its rewards, for the comparison of two runs."""
         about = {"kind": self.kind, "fingerprint": self.fingerprint}
+        if self.endpoint is not None:
+            return about | {"url": self.endpoint.url, "model": self.endpoint.model}
         if self.model is None or self.chat is None:
             return about
         return about | {
@@ -94,11 +101,19 @@ def resolve_reward_model(
     flag: str = "--reward_model",
     chat_template: str | None = None,
     trust_remote_code: bool = False,
+    judge_model: str | None = None,
+    judge_template: str | None = None,
 ) -> RewardModel:
-    """What `text` names: `package.module:function`, `./file.py:function`, or a model folder or Hub id.
+    """What `text` names: `package.module:function`, `./file.py:function`, a model folder or Hub id, or the
+    http(s) address of an endpoint, where `judge_model` rates by the template in the file `judge_template`.
 
-    Raises BadUse when it does not exist, or lacks the weights of a reward head.
+    Raises BadUse when it does not exist, or lacks the weights of a reward head. Asks no endpoint.
     """
+    if text.startswith(("http://", "https://")):
+        if judge_model is None:
+            raise BadUse(f"{flag} {text} is an endpoint: name the model that is to judge with --judge_model.")
+        endpoint = Endpoint(text, judge_model, read_template(judge_template) if judge_template else TEMPLATE)
+        return RewardModel(text, "judge", fingerprint_text(endpoint.template), endpoint=endpoint)
     if match := FUNCTION_NAME.fullmatch(text):
         return _resolve_function(text, match, flag)
     from rlhf_pipeline.core import models
@@ -108,8 +123,8 @@ def resolve_reward_model(
     names = _tensor_names(model.folder)
     kind: Kind = "ArmoRM" if ARMORM_TENSOR in names else "sequence classifier"
     if names:
-        expected = head_shapes(model.folder, armorm=kind == "ArmoRM", trust_remote_code=trust_remote_code)
-        check_head_names(model.folder, names, expected)
+        expected = head_shapes(model.folder, armorm=kind == "ArmoRM", trust_remote_code=trust_remote_code, flag=flag)
+        check_head_names(model.folder, names, expected, flag=flag)
     chat = Chat.load(model.folder, chat_template=chat_template, flag=flag)
     return RewardModel(text, kind, model.commit or fingerprint_model(model.folder), model, chat)
 
@@ -153,13 +168,16 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def load_scorer(reward_model: RewardModel, options: ScoringOptions) -> Scorer:
-    """The scorer that `reward_model` names, loaded. Raises BadUse for a checkpoint without its reward
-    head.
+def load_scorer(reward_model: RewardModel, options: ScoringOptions, *, journal: Path | None = None) -> Scorer:
+    """The scorer that `reward_model` names, loaded. Raises BadUse for a checkpoint without its reward head.
+
+    journal: where a judge keeps the answers it got, for a run that is killed.
     """
     engine = describe_engine([reward_model], options)
     if reward_model.function is not None:
         return PythonFunction(reward_model.text, reward_model.function, engine)
+    if reward_model.endpoint is not None:
+        return Judge(reward_model.endpoint, engine, cache=journal)
     assert reward_model.model is not None and reward_model.chat is not None
     from rlhf_pipeline.core.models import fetch_weights
 
@@ -168,9 +186,13 @@ def load_scorer(reward_model: RewardModel, options: ScoringOptions) -> Scorer:
     return kind(folder, reward_model.chat, options, engine)
 
 
-def load_scorers(reward_models: Sequence[RewardModel], options: ScoringOptions, combine: Combine) -> Scorer:
-    """The one scorer, or the ensemble of several."""
-    scorers = [load_scorer(model, options) for model in reward_models]
+def load_scorers(
+    reward_models: Sequence[RewardModel], options: ScoringOptions, combine: Combine, *, journals: Path
+) -> Scorer:
+    """The one scorer, or the ensemble of several. `journals`: a folder for what judges answered."""
+    scorers = [
+        load_scorer(model, options, journal=journals / f"judge_{i}.jsonl") for i, model in enumerate(reward_models)
+    ]
     if len(scorers) == 1:
         return scorers[0]
     names = [model.text for model in reward_models]
@@ -189,7 +211,13 @@ def describe_engine(
 
 
 def _describe(reward_model: RewardModel, options: ScoringOptions) -> dict[str, Any]:
-    about = {"kind": reward_model.kind, "name": reward_model.text, "fingerprint": reward_model.fingerprint}
+    about: dict[str, Any] = {
+        "kind": reward_model.kind,
+        "name": reward_model.text,
+        "fingerprint": reward_model.fingerprint,
+    }
+    if reward_model.endpoint is not None:
+        return about | {"model": reward_model.endpoint.model, "max_tokens": reward_model.endpoint.max_tokens}
     if reward_model.model is None or reward_model.chat is None:
         return about
     from rlhf_pipeline.core.models import context_window, load_config

@@ -27,12 +27,14 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def check_head_names(folder: Path, names: Collection[str], expected: Collection[str]) -> None:
+def check_head_names(
+    folder: Path, names: Collection[str], expected: Collection[str], *, flag: str = "--reward_model"
+) -> None:
     """Raise BadUse naming the reward head's tensors that are not among the checkpoint's `names`."""
     missing = [name for name in expected if name not in names]
     if missing:
         raise BadUse(
-            f"--reward_model {folder} lacks its reward head: no {some(missing)} in its safetensors, and a "
+            f"{flag} {folder} lacks its reward head: no {some(missing)} in its safetensors, and a "
             "random one would score noise. Pass a reward model, not the language model it was made from."
         )
 

@@ -25,6 +25,10 @@ Row = Mapping[str, Any]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 HeadDtype = Literal["float32", "bfloat16", "float16"]
 
+GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 32768, 2048
+"""On a CPU a batch of few thousand tokens is busy, and one of many spends its time on memory: half the
+speed.
+"""
 ARMORM_TENSOR = "regression_layer.weight"
 """By which an ArmoRM checkpoint is recognized: its config.json names a class that only remote code has."""
 
@@ -53,7 +57,8 @@ class ScoringOptions:
     """Of the layers that make the reward from a hidden state."""
     max_length: int | None = None
     """Tokens of a conversation; None: the model's window."""
-    batch_tokens: int = 32768
+    batch_tokens: int | None = None
+    """Tokens of a batch, padding included; None: GPU_BATCH_TOKENS or CPU_BATCH_TOKENS."""
     trust_remote_code: bool = False
     device: str = "cpu"
 
@@ -68,7 +73,14 @@ def resolve_dtype(options: ScoringOptions) -> torch.dtype:
     return dtype
 
 
-def head_shapes(folder: Path, *, armorm: bool, trust_remote_code: bool) -> dict[str, tuple[int, ...]]:
+def choose_batch_tokens(options: ScoringOptions) -> int:
+    default = CPU_BATCH_TOKENS if options.device == "cpu" else GPU_BATCH_TOKENS
+    return options.batch_tokens or default
+
+
+def head_shapes(
+    folder: Path, *, armorm: bool, trust_remote_code: bool, flag: str = "--reward_model"
+) -> dict[str, tuple[int, ...]]:
     """{name: shape} of the tensors that make a reward from hidden states, as config.json asks for them.
 
     Raises BadUse for a classifier of another number of labels than one, or of a kind that transformers lacks.
@@ -88,13 +100,12 @@ def head_shapes(folder: Path, *, armorm: bool, trust_remote_code: bool) -> dict[
             model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
         except ValueError as error:
             raise BadUse(
-                f"--reward_model {folder} is no sequence classifier that transformers knows "
+                f"{flag} {folder} is no sequence classifier that transformers knows "
                 f"({str(error).splitlines()[0][:200]}); --trust_remote_code runs the repo's own code."
             ) from error
     if config.num_labels != 1:
         raise BadUse(
-            f"--reward_model {folder} has {config.num_labels} labels (num_labels in its config.json); "
-            "a reward model has one."
+            f"{flag} {folder} has {config.num_labels} labels (num_labels in its config.json); a reward model has one."
         )
     backbone = model.base_model_prefix + "."
     return {name: shape for name, shape in _shapes(model.state_dict()).items() if not name.startswith(backbone)}
@@ -139,7 +150,7 @@ class SequenceClassifier:
         self._head = self._model.score if _reads_last_token(self._model) else None
         if self._head is not None:
             self._head.to(getattr(torch, options.head_dtype))
-        self._budget = TokenBudget(options.batch_tokens)
+        self._budget = TokenBudget(choose_batch_tokens(options))
         self.engine = engine
 
     def score(self, rows: Sequence[Row]) -> list[Score]:
@@ -211,7 +222,7 @@ class ArmoRM:
         )
         self.objectives = self._model.head.names
         self._pattern = armorm.header_pattern(chat.prompt_ids("a"), chat.prompt_ids("b"))
-        self._budget = TokenBudget(options.batch_tokens)
+        self._budget = TokenBudget(choose_batch_tokens(options))
         self.engine = engine
 
     def score(self, rows: Sequence[Row]) -> list[Score]:
@@ -266,10 +277,8 @@ def _score_conversations(
 
 
 def _encode_or_reason(row: Row, encode: Callable[[Row], Encoded | str], max_length: int) -> Encoded | str:
-    if not row["prompt"]:
-        return "empty prompt"
-    if not row["response"] or not row["response"].strip():
-        return "empty response"
+    if reason := empty(row):
+        return reason
     try:
         encoded = encode(row)
     except BadUse as error:
@@ -277,6 +286,13 @@ def _encode_or_reason(row: Row, encode: Callable[[Row], Encoded | str], max_leng
     if isinstance(encoded, Encoded) and len(encoded.ids) > max_length:
         return f"too long: {len(encoded.ids)} tokens, at most {max_length} fit"
     return encoded
+
+
+def empty(row: Row) -> str | None:
+    """The reason why there is nothing to score, if there isn't."""
+    if not row["prompt"]:
+        return "empty prompt"
+    return None if row["response"] and row["response"].strip() else "empty response"
 
 
 def _plan(waiting: Mapping[int, Encoded], budget: TokenBudget) -> list[list[int]]:

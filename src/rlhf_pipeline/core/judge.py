@@ -1,0 +1,164 @@
+"""A language model as a judge: any OpenAI-compatible endpoint that answers with a rating in double
+brackets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_pipeline.core.command import BadUse, WorkFailed
+from rlhf_pipeline.core.files import Journal
+from rlhf_pipeline.core.network_scorers import Row, Score, empty
+
+TEMPLATE = """\
+Please judge the quality of the assistant's response below: is it correct, helpful, complete, and as long as it \
+should be? Length alone earns nothing. Explain your judgement in a sentence or two, then give a rating from 1 to 10 \
+in exactly this form: [[rating]], for example [[5]].
+
+[Conversation]
+{prompt}
+
+[Response]
+{response}
+"""
+RATING = re.compile(r"\[\[\s*(-?\d+(?:\.\d+)?)\s*\]\]")
+KEY_VARIABLE = "OPENAI_API_KEY"
+TRIES = 6
+FIRST_PAUSE = 1.0
+"""Seconds before the second try; each further pause is twice as long."""
+TIMEOUT = 600.0
+"""Seconds for one answer."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """url: up to and with /v1. template: text with {prompt} and {response}."""
+
+    url: str
+    model: str
+    template: str = TEMPLATE
+    max_tokens: int = 1024
+    workers: int = 16
+
+
+def read_template(path: str) -> str:
+    """The prompt template in a file. Raises BadUse unless it has both places to fill."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise BadUse(f"--judge_template {path}: no such file; expected a text with {{prompt}} and {{response}}.")
+    text = file.read_text(encoding="utf-8")
+    for place in ("{prompt}", "{response}"):
+        if place not in text:
+            raise BadUse(f"--judge_template {path} has no {place}, where that is to be put.")
+    return text
+
+
+class Judge:
+    """Ratings from an endpoint, several requests at a time. Answers are kept in `cache`, for a run that is
+    killed.
+    """
+
+    objectives: tuple[str, ...] = ()
+    has_coefficients = False
+
+    def __init__(self, endpoint: Endpoint, engine: dict[str, Any], *, cache: Path | None = None):
+        self._endpoint = endpoint
+        self._journal = None if cache is None else Journal(cache)
+        self._answers = {item["key"]: item["answer"] for item in self._journal.records} if self._journal else {}
+        self._lock = threading.Lock()
+        self.engine = engine
+
+    def score(self, rows: Sequence[Row]) -> list[Score]:
+        """Raises WorkFailed when the endpoint refuses us, or does not answer in TRIES tries."""
+        with ThreadPoolExecutor(self._endpoint.workers) as pool:
+            futures = [pool.submit(self._rate, row) for row in rows]
+            try:
+                return [future.result() for future in futures]
+            except WorkFailed:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _rate(self, row: Row) -> Score:
+        if reason := empty(row):
+            return Score(None, reason)
+        body = self._body(row)
+        key = hashlib.sha256(body).hexdigest()
+        if key not in self._answers:
+            try:
+                answer = ask(self._endpoint.url, body)
+            except Refused as error:
+                return Score(None, f"refused: {error}")
+            with self._lock:
+                self._answers[key] = answer
+                if self._journal is not None:
+                    self._journal.append({"key": key, "answer": answer})
+        return parse_rating(self._answers[key])
+
+    def _body(self, row: Row) -> bytes:
+        parts = {"{prompt}": as_text(row["prompt"]), "{response}": row["response"]}
+        # in one pass: a prompt that holds "{response}" stays as it is
+        text = re.sub(r"\{prompt\}|\{response\}", lambda match: parts[match[0]], self._endpoint.template)
+        request = {
+            "model": self._endpoint.model,
+            "messages": [{"role": "user", "content": text}],
+            "temperature": 0,
+            "max_tokens": self._endpoint.max_tokens,
+        }
+        return json.dumps(request, sort_keys=True).encode()
+
+
+class Refused(Exception):
+    """The endpoint won't answer this request, whatever we do: too long, or against its rules."""
+
+
+def ask(url: str, body: bytes) -> str:
+    """The answer's text. Raises Refused for a request it can't take, WorkFailed when it can't be asked at
+    all.
+    """
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get(KEY_VARIABLE):
+        headers["Authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", body, headers)
+    problem = ""
+    for attempt in range(TRIES):
+        if attempt:
+            time.sleep(FIRST_PAUSE * 2 ** (attempt - 1))
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+                return str(json.load(response)["choices"][0]["message"]["content"] or "")
+        except urllib.error.HTTPError as error:
+            problem = f"HTTP {error.code}"
+            if error.code in (401, 403, 404):
+                raise WorkFailed(f"{url} answers {problem}: check the URL, --judge_model and {KEY_VARIABLE}.") from None
+            if error.code not in (408, 409, 429) and error.code < 500:
+                raise Refused(f"{problem}, {error.read(200).decode(errors='replace')}") from None
+        except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError) as error:
+            problem = f"{type(error).__name__}: {error}"
+    raise WorkFailed(f"{url} did not answer in {TRIES} tries ({problem}); run the same command again to go on.")
+
+
+def parse_rating(answer: str) -> Score:
+    """The last number in double brackets; judges think before they rate."""
+    found = RATING.findall(answer)
+    if not found:
+        return Score(None, f"no rating: the judge answered {answer[-160:]!r}")
+    return Score(float(found[-1]))
+
+
+def as_text(prompt: str | Sequence[dict[str, Any]]) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in prompt)

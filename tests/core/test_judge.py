@@ -1,0 +1,170 @@
+"""The judge against an endpoint of our own: what it sends, what it makes of answers, and when it asks
+again.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_pipeline.core import judge, scoring
+from rlhf_pipeline.core.command import BadUse, WorkFailed
+from rlhf_pipeline.core.network_scorers import ScoringOptions
+
+
+class Server(ThreadingHTTPServer):
+    """Rates a response by its number of words, and misbehaves as the response says."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.requests: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.busy = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append(body)
+        self.server.keys.append(self.headers["Authorization"])
+        text = body["messages"][0]["content"].partition("RESPONSE ")[2]
+        if self.path != "/v1/chat/completions":
+            self.reply(404, "")
+        elif self.server.busy > 0:
+            self.server.busy -= 1
+            self.reply(503, "")
+        elif "too long" in text:
+            self.reply(400, "maximum context length exceeded")
+        elif "secret" in text:
+            self.reply(401, "")
+        elif "mumble" in text:
+            self.reply(200, "It is rather good, I would say 7 of 10.")
+        else:
+            self.reply(200, f"The scale ends at [[10]]. I give [[{len(text.split())}.5]]")
+
+    def reply(self, status: int, content: str) -> None:
+        self.send_response(status)
+        self.end_headers()
+        answer = {"choices": [{"message": {"content": content}}]}
+        self.wfile.write((json.dumps(answer) if status == 200 else content).encode())
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(judge, "FIRST_PAUSE", 0.001)
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def template(tmp_path: Path) -> str:
+    path = tmp_path / "template.txt"
+    path.write_text("PROMPT {prompt} RESPONSE {response}")
+    return str(path)
+
+
+def load(server: Server, template: str, journal: Path | None = None) -> scoring.Scorer:
+    model = scoring.resolve_reward_model(server.url, judge_model="big", judge_template=template)
+    return scoring.load_scorer(model, ScoringOptions(), journal=journal)
+
+
+def row(response: str | None, prompt: Any = "Hi") -> dict[str, Any]:
+    return {"prompt_id": "p", "prompt": prompt, "response": response, "response_tokens": None}
+
+
+def test_a_rating_is_the_last_number_in_double_brackets_and_rows_keep_their_order(
+    server: Server, template: str
+) -> None:
+    scores = load(server, template).score([row("one " * k) for k in range(1, 40)])
+    assert [score.reward for score in scores] == [k + 0.5 for k in range(1, 40)]
+
+
+def test_the_template_is_filled_once_and_the_judge_is_asked_without_randomness(server: Server, template: str) -> None:
+    conversation = [{"role": "user", "content": "What is {response}?"}, {"role": "assistant", "content": "A place."}]
+    load(server, template).score([row("Right.", conversation)])
+    [request] = server.requests
+    assert request["messages"][0]["content"] == (
+        "PROMPT User: What is {response}?\n\nAssistant: A place. RESPONSE Right."
+    )
+    assert (request["model"], request["temperature"]) == ("big", 0)
+
+
+def test_answers_without_a_rating_and_refused_or_empty_rows_are_null_with_a_reason(
+    server: Server, template: str
+) -> None:
+    scores = load(server, template).score([row("mumble"), row("too long"), row("  "), row(None), row("fine")])
+    assert [score.reward for score in scores] == [None, None, None, None, 1.5]
+    reasons = [str(score.error) for score in scores[:4]]
+    assert reasons[0].startswith("no rating: ") and "7 of 10" in reasons[0]
+    assert reasons[1] == "refused: HTTP 400, maximum context length exceeded"
+    assert reasons[2:] == ["empty response"] * 2
+
+
+def test_a_busy_endpoint_is_asked_again_and_a_dead_one_ends_the_run(server: Server, template: str) -> None:
+    server.busy = judge.TRIES - 1
+    assert load(server, template).score([row("good")])[0].reward == 1.5
+    assert len(server.requests) == judge.TRIES
+    server.busy = judge.TRIES
+    with pytest.raises(WorkFailed, match=rf"did not answer in {judge.TRIES} tries \(HTTP 503\)"):
+        load(server, template).score([row("good")])
+
+
+def test_a_wrong_key_ends_the_run_at_once_and_is_not_shown(
+    server: Server, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-abc")
+    scorer = load(server, template)
+    with pytest.raises(WorkFailed, match=r"HTTP 401.*OPENAI_API_KEY") as caught:
+        scorer.score([row("secret")])
+    assert server.keys == ["Bearer sk-abc"]
+    assert "sk-abc" not in f"{caught.value} {scorer.engine}"
+
+
+def test_answers_are_not_paid_for_twice(server: Server, template: str, tmp_path: Path) -> None:
+    journal = tmp_path / "answers.jsonl"
+    first = load(server, template, journal).score([row("one"), row("one two"), row("mumble")])
+    again = load(server, template, journal).score([row("one two"), row("mumble"), row("one"), row("1 2 3")])
+    assert [score.reward for score in again] == [first[1].reward, None, first[0].reward, 3.5]
+    assert len(server.requests) == 4
+
+
+def test_another_model_or_template_is_another_reward_model(server: Server, template: str, tmp_path: Path) -> None:
+    def identity(**given: str) -> dict[str, str]:
+        options = {"judge_model": "big", "judge_template": template} | given
+        return scoring.resolve_reward_model(server.url, **options).identity()
+
+    other = tmp_path / "other.txt"
+    other.write_text("{prompt} {response} Rate it.")
+    assert identity() == identity()
+    assert identity(judge_model="small") != identity()
+    assert identity(judge_template=str(other)) != identity()
+
+
+def test_what_is_missing_is_refused_by_its_flag(tmp_path: Path) -> None:
+    (tmp_path / "bare.txt").write_text("Rate {response}.")
+    with pytest.raises(BadUse, match=r"--reward_model http://localhost/v1 is an endpoint: .*--judge_model"):
+        scoring.resolve_reward_model("http://localhost/v1")
+    with pytest.raises(BadUse, match=r"--judge_template .*bare\.txt has no \{prompt\}"):
+        judge.read_template(str(tmp_path / "bare.txt"))
+    with pytest.raises(BadUse, match=r"--judge_template \./none\.txt: no such file"):
+        judge.read_template("./none.txt")
