@@ -5,6 +5,7 @@ The two resolutions ask the package index for metadata (seconds); where it can't
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import os
@@ -55,9 +56,23 @@ def pins_file(name: str) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def project_dependencies() -> set[str]:
+def project_dependencies(*extras: str) -> set[str]:
+    """Names of what this project requires, with those of the extras."""
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
-    return {canonical(re.split(r"[<>=!~ ]", line)[0]) for line in project["dependencies"]}
+    lines = sum((project["optional-dependencies"][extra] for extra in extras), project["dependencies"])
+    return {canonical(re.split(r"[<>=!~ ]", line)[0]) for line in lines}
+
+
+def third_party_imports(folder: Path) -> set[str]:
+    """Top-level packages that the files below `folder` import anywhere, other than Python's and this project's."""
+    found: set[str] = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(str(node.module).split(".")[0])
+    return found - sys.stdlib_module_names - {"rlhf_pipeline"}
 
 
 @functools.cache
@@ -84,6 +99,11 @@ def resolve(pins: tuple[str, ...]) -> Pins:
 
 def requirements(pins: Pins) -> tuple[str, ...]:
     return tuple(f"{name}=={version}" for name, version in sorted(pins.items()))
+
+
+def test_everything_imported_is_required_by_the_project_or_an_extra() -> None:
+    imported = {canonical({"yaml": "pyyaml"}.get(name, name)) for name in third_party_imports(REPO / "src")}
+    assert imported - project_dependencies("vllm", "train", "flash", "track") == set()
 
 
 @pytest.mark.parametrize("file_name", ENVIRONMENTS)

@@ -32,8 +32,9 @@ from rlhf_pipeline.core.command import (
     what_fields,
 )
 from rlhf_pipeline.core.files import locked
-from rlhf_pipeline.core.network_scorers import Dtype, HeadDtype, Score, ScoringOptions, resolve_dtype
+from rlhf_pipeline.core.network_scorers import Dtype, HeadDtype, ScoringOptions, resolve_dtype
 from rlhf_pipeline.core.progress import bar, duration, say
+from rlhf_pipeline.core.reward_columns import COLUMNS, reward_columns, with_prompt_ids, with_rewards
 from rlhf_pipeline.core.scoring import Combine, Scorer
 
 if TYPE_CHECKING:
@@ -61,12 +62,18 @@ class Config:
     output_repo: What[str | None] = None
     """Where to write the rewards. None: the input's name with _armo."""
     reward_model: What[tuple[str, ...]] = ("RLHFlow/ArmoRM-Llama3-8B-v0.1",)
-    """ArmoRM, any sequence classifier with one label (folder or Hub id), or a function
-    package.module:function or ./file.py:function. Several make an ensemble."""
+    """ArmoRM, any sequence classifier with one label (folder or Hub id), a function package.module:function
+    or ./file.py:function, or an OpenAI-compatible endpoint http://HOST/v1. Several make an ensemble."""
     combine: What[Combine] = "mean"
     """How the rewards of several models become one."""
     num_responses: Annotated[What[int], tyro.conf.arg(aliases=("--pairs",))] = 5
     """Responses per prompt to score."""
+    judge_model: What[str | None] = None
+    """With an endpoint as --reward_model: the model there that rates responses."""
+    judge_template: What[str | None] = None
+    """File with the judge's prompt, holding {prompt} and {response}; it must ask for a rating in the form
+    [[7]].
+    """
     split: What[str] = "train"
     """The input's split."""
     objectives: What[bool] = True
@@ -114,6 +121,9 @@ def check_values(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise BadUse(f"--{name} is {value}; expected 1 or more.")
+    judged = any(text.startswith(("http://", "https://")) for text in config.reward_model)
+    if not judged and (config.judge_model or config.judge_template):
+        raise BadUse("--judge_model and --judge_template go with an endpoint http://HOST/v1 as --reward_model.")
     if len(set(config.reward_model)) < len(config.reward_model) or not config.reward_model:
         raise BadUse(f"--reward_model {' '.join(config.reward_model)}: expected different models, at least one.")
 
@@ -153,7 +163,7 @@ def identify(
 ) -> dict[str, Any]:
     """What decides the rows: values and contents, not the names under which they are found."""
     what = what_fields(config)
-    for name in ("input_repo", "output_repo", "reward_model", "chat_template"):
+    for name in ("input_repo", "output_repo", "reward_model", "chat_template", "judge_model", "judge_template"):
         del what[name]
     if any(model.model is not None for model in reward_models):
         what["dtype"] = str(resolve_dtype(options)).removeprefix("torch.")
@@ -216,53 +226,6 @@ def make_rows(batch: Sequence[dict[str, Any]], i: int) -> Iterator[dict[str, Any
         }
 
 
-def choose_prompt_ids(source: storage.Source) -> list[str]:
-    """The source's prompt_id where it is there, unique and never null, else made from the prompts."""
-    if schema.PROMPT_ID in source.columns:
-        ids = [row[schema.PROMPT_ID] for row in source.rows([schema.PROMPT_ID])]
-        if None not in ids and len(set(ids)) == len(ids):
-            return ids
-    return schema.make_prompt_ids(row[schema.PROMPT] for row in source.rows([schema.PROMPT]))
-
-
-def with_rewards(
-    table: pa.Table, scores: Sequence[Sequence[Score]], objectives: Sequence[str], *, coefficients: bool
-) -> pa.Table:
-    """`table` with the reward columns of its responses, scores[i][row]; older columns of the same names are
-    replaced.
-    """
-    import pyarrow as pa
-
-    numbers = pa.struct([(name, pa.float64()) for name in objectives])
-    for i, column in enumerate(scores):
-        new = {
-            schema.response_reward(i): pa.array([score.reward for score in column], pa.float64()),
-            schema.response_reward_error(i): pa.array([score.error for score in column], pa.string()),
-        }
-        if objectives:
-            new[schema.response_objectives(i)] = pa.array([score.objectives for score in column], numbers)
-        if objectives and coefficients:
-            new[response_coefficients(i)] = pa.array([score.coefficients for score in column], numbers)
-        table = table.drop_columns([name for name in reward_columns(i) if name in table.column_names])
-        for name, values in new.items():
-            table = table.append_column(name, values)
-    return table
-
-
-def response_coefficients(i: int) -> str:
-    return f"response_{i}_coefficients"
-
-
-def reward_columns(i: int) -> tuple[str, ...]:
-    """Every column that rank may write for response i."""
-    return (
-        schema.response_reward(i),
-        schema.response_reward_error(i),
-        schema.response_objectives(i),
-        response_coefficients(i),
-    )
-
-
 def check_pending(config: Config, pending: dict[str, int]) -> Path:
     """The plan of a run whose input or reward model an earlier stage is still to write."""
     rows = pending.get(config.input_repo)
@@ -284,7 +247,11 @@ def check_pending(config: Config, pending: dict[str, int]) -> Path:
 
 def resolve(text: str, config: Config) -> scoring.RewardModel:
     return scoring.resolve_reward_model(
-        text, chat_template=config.chat_template, trust_remote_code=config.trust_remote_code
+        text,
+        chat_template=config.chat_template,
+        trust_remote_code=config.trust_remote_code,
+        judge_model=config.judge_model,
+        judge_template=config.judge_template,
     )
 
 
@@ -352,22 +319,16 @@ def check_some_rewards(table: pa.Table, num_responses: int) -> None:
         raise WorkFailed(f"none of the first {len(table) * num_responses} responses got a reward; the first: {reason}")
 
 
-def with_prompt_ids(table: pa.Table, ids: Sequence[str]) -> pa.Table:
-    import pyarrow as pa
-
-    if schema.PROMPT_ID in table.column_names:
-        table = table.drop_columns([schema.PROMPT_ID])
-    return table.add_column(0, schema.PROMPT_ID, pa.array(ids, pa.string()))
-
-
 def rank_blocks(plan: Plan, config: Config, output: storage.Output, worker: int, workers: int) -> None:
     """Score this worker's blocks that are not there yet."""
     mine = list(enumerate(plan.blocks))[worker::workers]
     waiting = [(index, block) for index, block in mine if not output.has_shard(SPLIT, index)]
     if not waiting:
         return
-    scorer = scoring.load_scorers(plan.reward_models, plan.options, config.combine)
-    ids = choose_prompt_ids(plan.source)
+    scorer = scoring.load_scorers(
+        plan.reward_models, plan.options, config.combine, journals=output.folder / "journal" / str(worker)
+    )
+    ids = plan.source.prompt_ids()
     total = sum(len(block) for _, block in mine) * config.num_responses
     left = sum(len(block) for _, block in waiting) * config.num_responses
     with bar(total, "responses", "rank", done=total - left) as advance:
@@ -418,14 +379,6 @@ def describe(
         unscored=[{"prompt_id": prompt_id, "response": i, "reason": reason} for prompt_id, i, reason in unscored],
         **{name: came_with[name] for name in CARRIED if name in came_with},
     )
-
-
-COLUMNS = {
-    "response_{i}_reward": "the reward, float64; null where there is none",
-    "response_{i}_reward_error": "why there is none: kind, colon, details",
-    "response_{i}_objectives": "the named rewards behind the reward",
-    "response_{i}_coefficients": "how much each of them counts: reward = sum of objective x coefficient",
-}
 
 
 def card(made: dict[str, Any], shard: Path, config: Config) -> str:

@@ -68,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(judge, "FIRST_PAUSE", 0.001)
     server = Server()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield server
     server.shutdown()
@@ -149,9 +149,10 @@ def test_answers_are_not_paid_for_twice(server: Server, template: str, tmp_path:
 
 
 def test_another_model_or_template_is_another_reward_model(server: Server, template: str, tmp_path: Path) -> None:
-    def identity(**given: str) -> dict[str, str]:
-        options = {"judge_model": "big", "judge_template": template} | given
-        return scoring.resolve_reward_model(server.url, **options).identity()
+    def identity(judge_model: str = "big", judge_template: str = template) -> dict[str, str]:
+        return scoring.resolve_reward_model(
+            server.url, judge_model=judge_model, judge_template=judge_template
+        ).identity()
 
     other = tmp_path / "other.txt"
     other.write_text("{prompt} {response} Rate it.")

@@ -14,6 +14,7 @@ import torch
 from rlhf_pipeline.core import scoring
 from rlhf_pipeline.core.command import BadUse, WorkFailed
 from rlhf_pipeline.core.network_scorers import Score, ScoringOptions
+from rlhf_pipeline.core.reward_model import REWARD_OFFSET
 from tiny_reward_models import save_shards, write_armorm, write_classifier
 
 PROMPTS: list[str | list[dict[str, str]]] = [
@@ -349,6 +350,6 @@ def test_identity_notices_what_is_not_in_the_weights(classifier: Path, tmp_path:
     write_classifier(tmp_path)
     assert scoring.resolve_reward_model(str(tmp_path)).identity() == plain
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {scoring.REWARD_OFFSET: 1.0}))
+    (tmp_path / "config.json").write_text(json.dumps(config | {REWARD_OFFSET: 1.0}))
     changed = scoring.resolve_reward_model(str(tmp_path)).identity()
     assert {key for key in plain if plain[key] != changed[key]} == {"config"}

@@ -356,9 +356,7 @@ def variety(rows: Sequence[Row]) -> str:
 # Training
 
 
-def training(
-    title: str, ylabel: str, series: Mapping[str, Sequence[tuple[float, float]]], *, log: bool = False
-) -> str:
+def training(title: str, ylabel: str, series: Mapping[str, Sequence[tuple[float, float]]], *, log: bool = False) -> str:
     """A quantity over the updates: {name: (update, value) ...}; a name that ends with " target" is dashed."""
 
     def paint(axes: Axes) -> None:
@@ -414,7 +412,9 @@ def best_of_runs(rows: Sequence[tuple[str, Mapping[str, float]]], model: str) ->
 
     def paint(axes: Axes) -> None:
         mean, low, high = (np.array([item[key] for _, item in rows]) for key in ("mean", "low", "high"))
-        axes.errorbar(mean, np.arange(len(rows)), xerr=[mean - low, high - mean], fmt="s", color=COLORS[1], elinewidth=2)
+        axes.errorbar(
+            mean, np.arange(len(rows)), xerr=[mean - low, high - mean], fmt="s", color=COLORS[1], elinewidth=2
+        )
         axes.axvline(0, color=QUIET, linewidth=1)
         axes.set_yticks(range(len(rows)), [name for name, _ in rows])
         axes.invert_yaxis()

@@ -1,7 +1,7 @@
 """A run folder as the report reads it: what its files say, each of them optional.
 
-    runs/NAME/{recipe.yaml, timings.json, world/, sft/, reward/, iteration_1/{responses, rewards, pairs, policy}, ...,
-    evaluation/{results.json, <policy>/{responses, <reward model>, log_probs}}}
+runs/NAME/{recipe.yaml, timings.json, world/, sft/, reward/, iteration_1/{responses, rewards, pairs, policy}, ...,
+evaluation/{results.json, <policy>/{responses, <reward model>, log_probs}}}
 """
 
 from __future__ import annotations

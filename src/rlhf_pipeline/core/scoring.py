@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 Combine = Literal["mean", "min", "median"]
 Kind = Literal["ArmoRM", "sequence classifier", "Python function", "judge"]
 
-REWARD_OFFSET = "rlhf_pipeline_reward_offset"
-"""config.json's key for the number that `reward` found to center its model's rewards; it is subtracted."""
 FUNCTION_NAME = re.compile(r"(?P<file>.+\.py):(?P<name>\w+)|(?P<module>[A-Za-z_][\w.]*):(?P<member>\w+)")
 COMBINATIONS: dict[Combine, Callable[[Sequence[float]], float]] = {
     "mean": statistics.fmean,
@@ -221,6 +219,7 @@ def _describe(reward_model: RewardModel, options: ScoringOptions) -> dict[str, A
     if reward_model.model is None or reward_model.chat is None:
         return about
     from rlhf_pipeline.core.models import context_window, load_config
+    from rlhf_pipeline.core.reward_model import REWARD_OFFSET
 
     config = load_config(reward_model.model.folder, trust_remote_code=options.trust_remote_code)
     lengths = [length for length in (context_window(config), options.max_length) if length is not None]

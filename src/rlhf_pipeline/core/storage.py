@@ -286,7 +286,7 @@ def _parquet_tables(
         position, first = first, first + count
         if position + count <= start or position >= stop:
             continue
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, pre_buffer=False) as file:  # else it keeps the whole file in memory
             position, groups = _row_groups(file.metadata, position, start, stop)
             for batch in file.iter_batches(size, row_groups=groups, columns=list(columns)):
                 low, high = max(start - position, 0), min(stop - position, batch.num_rows)

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf_pipeline.core import verdict
 from rlhf_pipeline.core.progress import is_main, say
-from rlhf_pipeline.core.verdict import digits_for, number
+from rlhf_pipeline.core.verdict import digits_for, number, percent
 
 WIDTH = 140
 """Characters of a table where the console is no terminal."""
@@ -34,8 +34,8 @@ def print_policies(summary: Mapping[str, Any]) -> None:
             *(_with_interval(row[f"win_rate_{name}"], 1, percent=True) for name in models),
             "" if row["kl"] is None else f"{number(row['kl'], 2)}\n+- {number(1.96 * row['kl_standard_error'], 2)}",
             f"{row['length']:.1f}",
-            f"{row['truncated']:.1%}",
-            f"{row['repeated']:.1%}",
+            percent(row["truncated"]),
+            percent(row["repeated"]),
             f"{row['distinct_2']:.3f}",
         )
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH).print(table)

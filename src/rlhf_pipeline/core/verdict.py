@@ -57,6 +57,7 @@ def summarize(results: Results) -> Summary:
         "prompts": results["prompts"],
         "prompts_left_out": results["prompts_left_out"],
         "responses_per_prompt": results["responses_per_prompt"],
+        "baseline_std": dict(results["baseline_std"]),
         "kl_estimator": "k1",
         "policies": rows,
     }
@@ -129,6 +130,10 @@ def number(value: float, digits: int, *, sign: bool = False) -> str:
     return text.replace("-", "\N{MINUS SIGN}")
 
 
+def percent(share: float, digits: int = 1) -> str:
+    return f"{number(100 * share, digits)} %"
+
+
 def change(item: Mapping[str, float]) -> str:
     """A difference with its interval: +0.67 (95 % interval +0.58 to +0.75)."""
     digits = digits_for([item])
@@ -164,7 +169,7 @@ def headline(summary: Summary, results: Results) -> list[str]:
     else:
         first = (
             f"{_capital(_subject(winner))} lifted {judge} from {before} to {after}: {change(gain)}, "
-            f"winning {wins['mean']:.0%} of comparisons with {rows[0]['name']}."
+            f"winning {percent(wins['mean'], 0)} of comparisons with {rows[0]['name']}."
         )
     return [first, *_after_the_best(summary, results, winner)]
 
@@ -258,8 +263,8 @@ def _repeats(row: Row, start: Row) -> str | None:
     if row["repeated"] < start["repeated"] + REPEATED_MORE:
         return None
     return (
-        f"{spoken(row)} repeats itself: {row['repeated']:.1%} of its sentences stood before in the same response "
-        f"({start['repeated']:.1%} at the start)."
+        f"{spoken(row)} repeats itself: {percent(row['repeated'])} of its sentences stood before in the same response "
+        f"({percent(start['repeated'])} at the start)."
     )
 
 
@@ -267,8 +272,8 @@ def _truncated(row: Row, start: Row) -> str | None:
     if row["truncated"] < start["truncated"] + TRUNCATED_MORE:
         return None
     return (
-        f"{row['truncated']:.1%} of the responses of {spoken(row)} were cut off at the length limit "
-        f"({start['truncated']:.1%} at the start)."
+        f"{percent(row['truncated'])} of the responses of {spoken(row)} were cut off at the length limit "
+        f"({percent(start['truncated'])} at the start)."
     )
 
 
