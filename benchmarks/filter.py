@@ -145,15 +145,19 @@ def main() -> None:
             "filter, text": lambda out: by_filter(text, folder / "tokenizer", out),
             "filter, sampled ids": lambda out: by_filter(ids, folder / "tokenizer", out),
         }
-        seconds, pairs = {}, {}
+        seconds, of_processor, pairs = {}, {}, {}
         for name, run in runs.items():
-            started = time.perf_counter()
+            started, before = time.perf_counter(), time.process_time()
             pairs[name] = run(folder / f"out {name}")
-            seconds[name] = time.perf_counter() - started
+            seconds[name], of_processor[name] = time.perf_counter() - started, time.process_time() - before
     print(f"\n{count:,} prompts x {NUM_RESPONSES} responses of {tokens / count / NUM_RESPONSES:.0f} tokens on average")
+    baseline = "row by row, text"
     for name, spent in seconds.items():
-        factor = seconds["row by row, text"] / spent
-        print(f"{name:20} {spent:8.2f} s  {count / spent:8.0f} prompts/s  {factor:5.1f}x  {pairs[name]:,} pairs")
+        times, of_times = seconds[baseline] / spent, of_processor[baseline] / of_processor[name]
+        print(
+            f"{name:20} {spent:7.2f} s ({times:4.1f}x)  processor {of_processor[name]:7.2f} s ({of_times:4.1f}x)  "
+            f"{count / spent:6.0f} prompts/s  {pairs[name]:,} pairs"
+        )
     processor = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         "?",

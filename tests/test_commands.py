@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_pipeline.core.command import parse
 
-TUTORIAL = {
+TUTORIAL: dict[str, dict[str, Any]] = {
     "generate --world_size 8 --output_repo OWNER/responses": {
         "tensor_parallel_size": 8,
         "output_repo": "OWNER/responses",
@@ -52,10 +52,11 @@ def field(config: Any, name: str) -> Any:
 @pytest.mark.parametrize("dashes", [False, True], ids=["underscores", "dashes"])
 @pytest.mark.parametrize("line", TUTORIAL)
 def test_the_tutorials_command_lines_mean_what_they_say(line, dashes):
+    args: list[str]
     command, *args = line.split()
     if dashes:
         args = [arg.replace("_", "-") if arg.startswith("--") else arg for arg in args]
-    config = parse(importlib.import_module(f"rlhf_pipeline.{command}").Config, args)
+    config: Any = parse(importlib.import_module(f"rlhf_pipeline.{command}").Config, args)
     assert {name: field(config, name) for name in TUTORIAL[line]} == TUTORIAL[line]
 
 
@@ -71,7 +72,7 @@ def test_accelerate_takes_the_tutorials_launch_line(spelling):
 
 def test_the_tutorials_defaults_are_ours():
     """generate.py, rank.py, filter_tokenize.py and rebel.py of REBEL's src/ultrafeedback_largebatch."""
-    expected = {
+    expected: dict[str, dict[str, Any]] = {
         "generate": {"temperature": 0.8, "top_p": 0.9, "maxlen": 2048, "num_responses": 5, "seed": 0, "end_idx": -1},
         "rank": {"num_responses": 5},
         "filter": {"maxlen": 2048, "maxlen_prompt": 1024, "test_size": 1000},
@@ -90,7 +91,7 @@ def test_the_tutorials_defaults_are_ours():
     places = ["--input_repo", "./in", "--output_repo", "./out", "--output_dir", "./out"]
     needed = {"generate": places[2:4], "rank": places[:2], "filter": places[:2], "train": [*places[:2], *places[4:]]}
     for command, fields in expected.items():
-        config = parse(importlib.import_module(f"rlhf_pipeline.{command}").Config, needed[command])
+        config: Any = parse(importlib.import_module(f"rlhf_pipeline.{command}").Config, needed[command])
         assert {name: field(config, name) for name in fields} == fields, command
 
 

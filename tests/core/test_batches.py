@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_pipeline.core.batches import MicroBatch, collate, plan_calls, trim_prompt, trim_response
+from rlhf_pipeline.core.batches import MicroBatch, collate, plan_calls
 
 
 def test_a_row_is_prompt_and_response_without_a_gap_then_padding():
@@ -26,19 +26,6 @@ def test_an_empty_response_has_no_labels_and_an_empty_prompt_is_refused():
     assert (batch.positions.tolist(), batch.labels.tolist(), batch.rows.tolist()) == ([2], [9], [1])
     with pytest.raises(ValueError, match="prompt 1 of the batch has no tokens"):
         collate([[5], []], [[6], [7]])
-
-
-def test_blocks_are_trimmed_by_length_whatever_the_pad_id_is():
-    """A pad id outside the vocabulary (128256), and one that is also a real token (7), never get into a batch
-    but as the token they are."""
-    prompt = np.array([128256, 128256, 7, 3], dtype=np.int32)
-    response = np.array([4, 7, 7, 7], dtype=np.int32)
-    batch = collate([trim_prompt(prompt, 2), [1, 1, 1]], [trim_response(response, 2), trim_response(response, 0)])
-    assert batch.input_ids.tolist() == [[7, 3, 4, 7], [1, 1, 1, 0]]
-    with pytest.raises(ValueError, match="length 5 of a block of 4 tokens"):
-        trim_response(response, 5)
-    with pytest.raises(ValueError, match="length -1"):
-        trim_prompt(prompt, -1)
 
 
 def test_a_plan_by_hand():

@@ -6,13 +6,19 @@ process too.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -351,5 +357,79 @@ def test_vllm_says_what_it_ran_with(vllm_run: dict[str, Any]) -> None:
     )
 
 
+def sample_until_killed(folder: Path, output: Path) -> None:
+    """Long responses from a vLLM with processes of its own, whose ids are in `output` once it samples."""
+    from transformers import AutoTokenizer
+
+    tokenizer, settings = AutoTokenizer.from_pretrained(folder), SamplingSettings(max_tokens=1000)
+    sampler = VllmSampler(
+        folder, tokenizer, settings, EngineOptions(max_num_seqs=4), dtype="float32", max_model_len=1100
+    )
+    samples = sampler.sample(Request(key, (1, 2, key), key) for key in range(500))
+    next(samples)
+    output.write_text(" ".join(str(child.pid) for child in multiprocessing.active_children()))
+    for _ in samples:
+        pass
+
+
+@pytest.fixture
+def sampling_process(
+    tiny_policy: Path, tmp_path: Path, command_environment: dict[str, str]
+) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A process that samples, and the ids of vLLM's own."""
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    command = [sys.executable, __file__, str(tiny_policy), str(tmp_path / "pids"), "until killed"]
+    environment = {**command_environment, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        wait_for((tmp_path / "pids").exists, 240)
+        yield process, [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for(true: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process that is more than a zombie which no one has collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+def test_a_killed_core_process_is_reported_within_seconds(
+    sampling_process: tuple[subprocess.Popen[str], list[int]],
+) -> None:
+    """vLLM 0.32 alone waits for ever for a core process that has been killed."""
+    process, (core,) = sampling_process
+    os.kill(core, signal.SIGKILL)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "WorkFailed: vLLM has stopped working (EngineDeadError" in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not [point for point in entry_points(group="vllm.general_plugins") if point.name == "rlhf_pipeline"],
+    reason="rlhf_pipeline was installed before it had an entry point for vLLM: install it again",
+)
+def test_vllms_processes_end_with_a_killed_command(
+    sampling_process: tuple[subprocess.Popen[str], list[int]],
+) -> None:
+    process, (core,) = sampling_process
+    assert is_running(core)
+    process.kill()  # not its group
+    wait_for(lambda: not is_running(core), 20)
+
+
 if __name__ == "__main__":
-    run_vllm(Path(sys.argv[1]), Path(sys.argv[2]))
+    (run_vllm if len(sys.argv) == 3 else sample_until_killed)(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import signal
 import time
 from pathlib import Path
 
@@ -209,7 +208,7 @@ def test_a_lock_names_its_holder_and_is_free_when_the_holder_is_killed(tmp_path)
     assert held.wait(30)
     with pytest.raises(BadUse, match=f"held by process {holder.pid}"), locked(tmp_path / "lock", wait=0.3):
         pass
-    os.kill(holder.pid, signal.SIGKILL)
+    holder.kill()
     holder.join()
     with locked(tmp_path / "lock", wait=5):
         pass

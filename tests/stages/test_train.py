@@ -8,23 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
+from conftest import PROMPTS
 from rlhf_pipeline import train
 from rlhf_pipeline.core import storage
 from rlhf_pipeline.core.command import BadUse, WorkFailed
 from rlhf_pipeline.core.losses import Dpo, Rebel
 from rlhf_pipeline.core.progress import read_metrics
 from rlhf_pipeline.train import Config, RunFlags
-from tiny_pairs import write_pairs
+from tiny_pairs import make_rows, write_pairs
 
 RATE = 1e-3
 
 
 @pytest.fixture(scope="module")
 def pairs(tiny_policy, tmp_path_factory) -> Path:
-    from conftest import PROMPTS
 
     return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs", tiny_policy, PROMPTS)
 
@@ -197,7 +198,6 @@ def test_bad_values_are_refused_in_one_sentence_before_a_model_is_loaded(here, f
 
 
 def test_pairs_of_another_tokenizer_are_refused_naming_both(here, tmp_path, tiny_policy):
-    from conftest import PROMPTS
     from rlhf_pipeline.tiny import build_tokenizer, write_policy_folder
 
     other = write_policy_folder(
@@ -209,9 +209,7 @@ def test_pairs_of_another_tokenizer_are_refused_naming_both(here, tmp_path, tiny
 
 
 def test_rewards_that_are_not_finite_are_refused(tmp_path, tiny_policy):
-    import pyarrow as pa
 
-    from conftest import PROMPTS
     from rlhf_pipeline.core.chat import Chat
     from tiny_pairs import make_rows
 
@@ -224,11 +222,22 @@ def test_rewards_that_are_not_finite_are_refused(tmp_path, tiny_policy):
         train.main(Config(str(tmp_path / "pairs"), str(tmp_path / "out"), str(tiny_policy), batch_size=8))
 
 
+@pytest.mark.parametrize("length", [0, 49])
+def test_a_length_that_its_block_can_not_have_is_refused(tmp_path, tiny_policy, length):
+    from rlhf_pipeline.core.chat import Chat
+
+    rows = make_rows(Chat.load(tiny_policy), PROMPTS, 0)
+    rows[3]["chosen_length"] = length
+    with storage.open_output(tmp_path / "pairs", {"x": 1}, overwrite=False) as output:
+        output.write_shard("train", 0, pa.Table.from_pylist(rows))
+        output.publish({}, "")
+    with pytest.raises(BadUse, match=rf"row 3 of --input_repo says that {length} of its 48 tokens are real"):
+        train.main(Config(str(tmp_path / "pairs"), str(tmp_path / "out"), str(tiny_policy), batch_size=8))
+
+
 def test_length_columns_and_padding_agree(tmp_path, tiny_policy):
     """Pairs made elsewhere have no length columns: their padding gives the same tokens."""
-    import pyarrow as pa
 
-    from conftest import PROMPTS
     from rlhf_pipeline.core.chat import Chat
     from rlhf_pipeline.core.pairs import load_pairs
     from tiny_pairs import make_rows

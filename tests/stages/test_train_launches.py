@@ -158,7 +158,10 @@ def test_sigterm_saves_the_update_under_way_and_the_next_run_goes_on(start, argu
     ("launcher", "env"),
     [
         ([*ACCELERATE, "--config_file", "accelerate_cfgs/deepspeed_config_stage_2.yaml", "--num_processes", "2"], {}),
-        ([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"], {"ACCELERATE_USE_CPU": "true"}),
+        (
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+            {"ACCELERATE_USE_CPU": "true"},
+        ),
         ([sys.executable], {}),
     ],
     ids=["zero 2", "ddp", "one process"],

@@ -1,4 +1,4 @@
-"""Token ids become tensors: padding trimmed away, and every rank's engine calls planned from lengths alone.
+"""Trimmed token ids become tensors, and every rank's engine calls are planned from lengths alone.
 
 A row of a batch is prompt and response without a gap, then padding on the right. Under a causal mask no real
 token can see that padding, so its ids are only data, replaced by one that every embedding has.
@@ -38,22 +38,6 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
-
-
-def trim_prompt(tokens: TokenIds, length: int) -> npt.NDArray[np.int64]:
-    """The last `length` ids of a left-padded prompt. Raises ValueError if it has fewer."""
-    return _ids(tokens, length)[len(tokens) - length :]
-
-
-def trim_response(tokens: TokenIds, length: int) -> npt.NDArray[np.int64]:
-    """The first `length` ids of a right-padded response. Raises ValueError if it has fewer."""
-    return _ids(tokens, length)[:length]
-
-
-def _ids(tokens: TokenIds, length: int) -> npt.NDArray[np.int64]:
-    if not 0 <= length <= len(tokens):
-        raise ValueError(f"length {length} of a block of {len(tokens)} tokens")
-    return np.asarray(tokens, dtype=np.int64)
 
 
 def collate(

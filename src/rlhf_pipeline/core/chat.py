@@ -135,8 +135,8 @@ class Chat:
         ids = self._tokenize([whole[start:] for whole, start in zip(wholes, starts, strict=True)])
         return [
             self._finished(opening_ids[openings[row]], ids[row], whole[len(head) :])
-            if whole.startswith(head) and _squeezed(text) in _squeezed(whole[len(head) :])
-            else None  # the template does not go on, or changes more of the text than its white space
+            if whole.startswith(head) and _is_kept(text, whole[len(head) :])
+            else None
             for row, (head, whole, text) in enumerate(zip(heads, wholes, texts, strict=True))
         ]
 
@@ -254,7 +254,9 @@ class Chat:
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
-        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        ids: list[list[int]] = self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
         return ids
 
     def _encode(self, rendered: list[str]) -> list[list[int]]:
@@ -299,8 +301,9 @@ def _answered(turns: Sequence[list[dict[str, Any]]], texts: Sequence[str]) -> li
     return [[*before, {"role": "assistant", "content": text}] for before, text in zip(turns, texts, strict=True)]
 
 
-def _squeezed(text: str) -> str:
-    return "".join(text.split())
+def _is_kept(text: str, rendered: str) -> bool:
+    """Whether a template left `text` as it is, but for white space."""
+    return text in rendered or "".join(text.split()) in "".join(rendered.split())
 
 
 def _without_nulls(turn: Any) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def _check_launch(accelerator: Accelerator) -> None:
 
 
 def _configure_deepspeed(accelerator: Accelerator, max_grad_norm: float | None) -> None:
-    """Hand DeepSpeed its numbers directly: by way of accelerate a clipping of 0 becomes 1.0, and yaml wins over code."""
+    """Hand DeepSpeed its numbers directly: through accelerate a clipping of 0 becomes 1.0, and yaml wins over code."""
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation not in ("1", "auto"):
         raise BadUse(

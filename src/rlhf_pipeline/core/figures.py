@@ -25,7 +25,7 @@ Row = Mapping[str, Any]
 COLORS = ("#1f6fb2", "#c98500", "#7a4fa3", "#3f8f6b", "#b3446c")
 MARKERS = ("o", "s", "^", "D", "v")
 INK, QUIET, GRID, START = "#26241f", "#6d6a62", "#e6e2d8", "#8d8a83"
-WIDTH, HEIGHT = 400, 270
+WIDTH, HEIGHT = 350, 245
 """Points, which are the CSS pixels of the SVG's own size."""
 STYLE = {
     "svg.fonttype": "none",
@@ -203,7 +203,9 @@ def frontier(rows: Sequence[Row], models: Sequence[str], unit: Mapping[str, floa
                 ends.append((kl[-1], mean[-1], name, color))
             for row, x, y in zip(rows[1:], kl[1:], mean[1:], strict=True):
                 text = str(row["iteration"]) if sequence else row["name"]
-                axes.annotate(text, (x, y), xytext=(0, 8), textcoords="offset points", color=color, ha="center")
+                if sequence and row is rows[-1]:
+                    continue  # the reward model's name stands there
+                axes.annotate(text, (x, y), xytext=(-5, 5), textcoords="offset points", color=color, ha="right")
         axes.axhline(0, color=QUIET, linewidth=1)
         axes.set(xlabel="KL to the start, nats per response", ylabel=ylabel, title="What distance buys")
         axes.margins(y=0.12)
@@ -217,7 +219,7 @@ def distribution(name: str, color: str, values: Mapping[str, Floats]) -> str:
 
     def paint(axes: Axes) -> None:
         pooled = np.concatenate(list(values.values()))
-        edges = np.linspace(pooled.min(), pooled.max() + 1e-9, 31)
+        edges = np.linspace(pooled.min(), pooled.max() + 1e-9, 31).tolist()
         looks: list[dict[str, Any]] = [
             {"color": START, "alpha": 0.45, "histtype": "stepfilled"},
             {"color": color, "alpha": 0.6, "histtype": "stepfilled"},
@@ -272,13 +274,11 @@ def lengths(name: str, values: Mapping[str, tuple[Floats, Floats]], color: str) 
 
     def paint(axes: Axes) -> None:
         looks = ((START, "o", "-"), (color, "s", "-"), (INK, "^", "--"))
-        ends = []
         for (policy, (length, reward)), (ink, marker, style) in zip(values.items(), looks, strict=False):
             groups = np.array_split(np.argsort(length, kind="stable"), min(8, len(length)))
             xs = np.array([length[group].mean() for group in groups])
             ys = np.array([reward[group].mean() for group in groups])
             axes.plot(xs, ys, color=ink, marker=marker, linestyle=style, markersize=5, label=policy)
-            ends.append(policy)
         axes.set(xlabel="tokens of the response", ylabel=f"mean reward by {name}", title="Length against reward")
         axes.legend(fontsize=10)
 
@@ -388,22 +388,29 @@ def training(title: str, ylabel: str, series: Mapping[str, Sequence[tuple[float,
 # Several runs
 
 
-def frontiers(runs: Mapping[str, Sequence[Row]], model: str) -> str:
-    """Every run's path of gain by one reward model against KL."""
+def frontiers(runs: Mapping[str, Sequence[Row]], groups: Mapping[str, str], model: str) -> str:
+    """Every run's path of gain by one reward model against KL; runs of one group, which `groups` names, look alike."""
+    names = list(dict.fromkeys(groups.values()))
 
     def paint(axes: Axes) -> None:
-        ends = []
-        for k, (run, rows) in enumerate(runs.items()):
-            color = COLORS[k % len(COLORS)]
+        labelled: set[str] = set()
+        for run, rows in runs.items():
+            k = names.index(groups[run])
             means = [(row[f"gain_{model}"] or {"mean": 0.0})["mean"] for row in rows]
-            kl = [row["kl"] for row in rows]
-            axes.plot(kl, means, color=color, marker=MARKERS[k % len(MARKERS)], label=run, markersize=5)
-            ends.append((kl[-1], means[-1], run, color))
+            axes.plot(
+                [row["kl"] for row in rows],
+                means,
+                color=COLORS[k % len(COLORS)],
+                marker=MARKERS[k % len(MARKERS)],
+                label=None if groups[run] in labelled else groups[run],
+                markersize=5,
+            )
+            labelled.add(groups[run])
         axes.axhline(0, color=QUIET, linewidth=1)
         axes.set(xlabel="KL to the start, nats per response", ylabel=f"gain by {model}", title=f"Gain by {model}")
         axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=2, fontsize=10)
 
-    height = HEIGHT + 14 * ((len(runs) + 1) // 2)
+    height = HEIGHT + 14 * ((len(names) + 1) // 2)
     return draw(paint, alt=f"Gain by {model} against KL for the runs {', '.join(runs)}.", height=height)
 
 

@@ -23,6 +23,7 @@ from rlhf_pipeline.core.verdict import (
 )
 
 ENGINE_WORDS = ("name", "version", "kind", "zero_stage", "world_size", "device", "dtype")
+TRAINERS = ("sft", "reward", "train")
 Item = dict[str, Any]
 
 
@@ -253,6 +254,8 @@ def rows_of(stage: Stage) -> Item | None:
         return None
     out = made["rows_out"]
     text = ", ".join(f"{count:,} {name}" for name, count in out.items()) if isinstance(out, Mapping) else f"{out:,}"
+    if made["made_by"].removeprefix("rlhf_pipeline.") in TRAINERS:
+        text += " learnt from"  # several times each, over the epochs
     return {"name": stage.name, "rows_in": f"{made['rows_in']:,}", "rows_out": text, "notes": list(row_notes(made))}
 
 
@@ -327,6 +330,7 @@ def notes_of(summary: Summary, run: Run | None = None) -> list[str]:
         "At equal length: the minimal form of AlpacaEval 2's length-controlled win rate, fitted to these prompts.",
         "KL is estimated by k1, the mean log-ratio of the policy's own responses at the sampling temperature; its "
         "standard error is over prompts. summary.json has the estimator k3 beside it.",
+        "The best policy is chosen on the prompts that its numbers come from, which flatters it a little.",
         "distinct-2 depends on how much text there is: compare policies of this table only.",
     ]
     sampling = (run.results or {}).get("sampling") if run else None

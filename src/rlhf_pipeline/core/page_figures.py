@@ -14,6 +14,23 @@ from rlhf_pipeline.core.verdict import Row, Summary, judge_of, percent
 
 SAME_SCALE = 4.0
 """Reward models whose spreads differ by more than this factor are drawn in standard deviations."""
+TRAINING = (
+    ("loss", "Loss", "loss", "Compare its course, not its height: the margin it aims at changes between iterations."),
+    (
+        "log_ratio_gap",
+        "Gap between chosen and rejected",
+        "nats",
+        "Log-ratio of the chosen minus that of the rejected response. Dashed: what REBEL asks for, eta x margin.",
+    ),
+    (
+        "reward_margin",
+        "Margin in the pairs",
+        "reward units",
+        "Reward of the chosen minus of the rejected response; when it shrinks, little is left to learn from it.",
+    ),
+    ("chosen_log_ratio", "Log-ratio of the chosen", "nats", "If it falls, even good responses become less likely."),
+)
+"""(key in metrics.jsonl, title, unit, caption) of the figures of a policy's training."""
 Item = dict[str, Any]
 
 
@@ -91,9 +108,10 @@ def response_figures(summary: Summary, answers: Sequence[Answers]) -> Iterator[I
     chosen = [item for name in shown(summary) for item in answers if item.policy == name]
     for name in models:
         values = {item.policy: item.rewards[name][~np.isnan(item.rewards[name])] for item in chosen}
+        counts = ", ".join(f"{len(rewards):,} of {policy}" for policy, rewards in values.items())
         yield {
             "svg": figures.distribution(name, figures.color_of(models, name), values),
-            "caption": f"Every response to the held-out prompts, {', '.join(f'{len(v):,} of {k}' for k, v in values.items())}.",
+            "caption": f"Every response to the held-out prompts: {counts}.",
         }
     judge = judge_of(summary)
     if judge in models:
@@ -114,7 +132,7 @@ def health_figures(run: Run, summary: Summary) -> Iterator[Item]:
     if by_category:
         yield {
             "svg": figures.categories(by_category, summary["reward_models"], f"Gain of {top['name']} by category"),
-            "caption": "Few prompts each, so wide intervals: nine categories show one outlier by chance easily.",
+            "caption": "Few prompts each, so the intervals are wide, and one category out of line may be chance.",
         }
     if in_sequence(rows):
         yield {"svg": figures.health(rows), "caption": "Both should stay near zero."}
@@ -128,18 +146,7 @@ def training_figures(stages: Sequence[Stage]) -> Iterator[Item]:
     """Of the policies' training, then of the reward model's and the first policy's."""
     policies = {stage.name.removesuffix("/policy"): stage.metrics for stage in stages if made_by(stage, "train")}
     policies = {name: lines for name, lines in policies.items() if lines}
-    for key, title, ylabel, caption in (
-        ("loss", "Loss", "loss", "Of REBEL and its kin: compare its course, not its height, between iterations."),
-        (
-            "log_ratio_gap",
-            "Gap between chosen and rejected",
-            "nats",
-            "Log-ratio of the chosen minus that of the rejected response. Dashed: what REBEL asks for, eta times the margin.",
-        ),
-        ("reward_margin", "Margin in the pairs", "reward units", "Reward of the chosen minus of the rejected response: "
-         "when it shrinks there is less left to learn from this reward model."),
-        ("chosen_log_ratio", "Log-ratio of the chosen", "nats", "If it falls, even good responses become less likely."),
-    ):  # fmt: skip
+    for key, title, ylabel, caption in TRAINING:
         series = {name: points(lines, key) for name, lines in policies.items()}
         if key == "log_ratio_gap":
             series |= {f"{name} target": points(lines, "target_gap") for name, lines in policies.items()}

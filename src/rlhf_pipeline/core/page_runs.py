@@ -27,6 +27,7 @@ def render_runs(runs: Sequence[Run], summaries: Sequence[Summary]) -> str:
     judge = models[:2][-1]
     tops = [best_by(summary, judge) for summary in summaries]
     names = [run.name for run in runs]
+    title, *sentences = headline(names, tops, judge)
     gains = [(name, top[f"gain_{judge}"]) for name, top in zip(names, tops, strict=True) if top[f"gain_{judge}"]]
     drawable = {
         name: summary["policies"]
@@ -35,8 +36,9 @@ def render_runs(runs: Sequence[Run], summaries: Sequence[Summary]) -> str:
     }
     pictures = [
         {
-            "svg": figures.frontiers(drawable, model),
-            "caption": "Higher at the same distance is better; a line that bends down was over-optimised.",
+            "svg": figures.frontiers(drawable, {name: group_of(name) for name in drawable}, model),
+            "caption": "Higher at the same distance is better; a line that bends down was over-optimised. Lines of one "
+            "colour differ by a seed only.",
         }
         for model in reversed(models[:2])
         if drawable
@@ -48,9 +50,10 @@ def render_runs(runs: Sequence[Run], summaries: Sequence[Summary]) -> str:
         "runs.html",
         title="RLHF report: " + ", ".join(names),
         kicker=f"RLHF report of {len(runs)} runs",
-        headline=headline(names, tops, judge),
+        headline=title,
         sentences=[
-            "Intervals are over prompts and not corrected for the number of runs. Differences within them are no ranking."
+            *sentences,
+            "Intervals are over prompts, not corrected for the number of runs. Differences within them are no ranking.",
         ],
         best=best_table(runs, tops, models),
         groups=seed_table(names, tops, models),
@@ -79,17 +82,18 @@ def best_by(summary: Summary, judge: str) -> Row:
     )
 
 
-def headline(names: Sequence[str], tops: Sequence[Row], judge: str) -> str:
-    found = [(name, top) for name, top in zip(names, tops, strict=True) if top[f"gain_{judge}"]]
+def headline(names: Sequence[str], tops: Sequence[Row], judge: str) -> list[str]:
+    """Which run gained most, and whether that is more than chance: two sentences."""
+    found = {name: top[f"gain_{judge}"] for name, top in zip(names, tops, strict=True) if top[f"gain_{judge}"]}
     if not found:
-        return "None of these runs has a policy beside its start."
-    name, top = max(found, key=lambda item: item[1][f"gain_{judge}"]["mean"])
-    gain = top[f"gain_{judge}"]
-    rivals = [other for other, row in found if other != name and row[f"gain_{judge}"]["high"] >= gain["low"]]
-    text = f"{name} gains most by {judge}: {change(gain)}."
-    if rivals:
-        return f"{text} The intervals of {', '.join(rivals)} overlap with it."
-    return f"{text} No other run's interval overlaps with it."
+        return ["None of these runs has a policy beside its start."]
+    first = max(found, key=lambda name: found[name]["mean"])
+    detail = f"{first} gains most by {judge}: {change(found[first])}."
+    rivals = [name for name, gain in found.items() if name != first and gain["high"] >= found[first]["low"]]
+    if not rivals:
+        return [f"{first} is ahead by {judge}.", f"{detail} No other run's interval overlaps with it."]
+    overlap = f"{detail} The intervals of {', '.join(rivals)} overlap with it."
+    return [f"No run is clearly ahead by {judge}.", overlap]
 
 
 def best_table(runs: Sequence[Run], tops: Sequence[Row], models: Sequence[str]) -> Item:
@@ -122,11 +126,16 @@ def loss_of(run: Run) -> str:
     return ", ".join(dict.fromkeys(names)) or "unknown"
 
 
+def group_of(run: str) -> str:
+    """A run's name without its seed."""
+    return SEED.sub("", run) or run
+
+
 def seed_table(names: Sequence[str], tops: Sequence[Row], models: Sequence[str]) -> Item:
     """Mean, lowest and highest over the runs of each group that differs by a seed only."""
     groups: dict[str, list[Row]] = {}
     for name, top in zip(names, tops, strict=True):
-        groups.setdefault(SEED.sub("", name), []).append(top)
+        groups.setdefault(group_of(name), []).append(top)
     rows = []
     for group, members in groups.items():
         if len(members) < 2:

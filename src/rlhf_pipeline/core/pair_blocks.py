@@ -63,7 +63,7 @@ def do_block(work: Work, index: int, table: pa.Table, prompt_ids: list[str]) -> 
     sampled, changed = pair_tables.count_round_trip_changes(block, outcomes, work.chat)
     write_json(work.tally_file(index), {**tally, "sampled_pairs": sampled, "changed_pairs": changed})
     with atomic(work.pairs_file(index)) as temporary:  # after the tally: this file says that the block is done
-        pq.write_table(pairs, temporary, compression="zstd")
+        pq.write_table(pairs, temporary, compression="lz4")
     return len(table)
 
 

@@ -70,7 +70,7 @@ def load_pairs(source: Source, *, pad_id: int, end_ids: Sequence[int]) -> PairDa
     """Read a split of tokenized pairs. Raises BadUse for missing columns and for rewards that are not finite.
 
     Pairs made elsewhere have no length columns: there, and only there, padding is what equals `pad_id` at the outer
-    ends, and where a tokenizer pads with an end-of-turn id (one of `end_ids`) the first of them belongs to the response.
+    ends; where a tokenizer pads with an end-of-turn id (one of `end_ids`) the first of them belongs to the response.
     """
     needed = [*TOKENS, "chosen_reward", "rejected_reward"]
     schema.require(source, needed, written_by="filter", remedy="give filter the rewards first")
@@ -160,6 +160,11 @@ def trimmed(
             block = values[start:end]
             if lengths is not None:
                 length = int(lengths[chunk_start + row])
+                if not 0 < length <= len(block):
+                    raise BadUse(
+                        f"row {chunk_start + row} of --input_repo says that {length} of its {len(block)} tokens are "
+                        "real; expected 1 or more, and no more than there are: pass filter's output."
+                    )
             else:
                 length = _length_by_pad(block[::-1] if left_padded else block, pad_id, end_ids, left_padded)
             yield (block[len(block) - length :] if left_padded else block[:length]).copy()

@@ -15,6 +15,7 @@ from rlhf_pipeline.core.stages import Stage
 from rlhf_pipeline.core.survey import Look, folder_of
 
 HEAD = ("stage", "reads", "writes", "rows", "tokens", "disk", "time", "state")
+NUMBERS = ("rows", "tokens", "disk", "time")
 MOST_REFS = 2
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
@@ -36,7 +37,7 @@ def row(look: Look, folder: str, weights: int | None, time: tuple[float, bool] |
         short(stage.output, folder),
         "" if not look.rows else f"{look.rows:,}",
         "" if tokens is None else f"<= {count(tokens)}",
-        "" if size is None else ("" if look.finished else "<= ") + f"{count(size)}B",
+        "" if size is None else ("" if look.finished else "<= ") + f"{count(size, 'B')}",
         "" if time is None else ("~ " if time[1] else "") + duration(time[0]),
         look.state + (", eta of iteration 1" if stage.eta_from else ""),
     )
@@ -53,17 +54,22 @@ def short(ref: str, folder: str) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of columns two spaces apart, those of NUMBERS to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    adjust = [str.rjust if name in NUMBERS else str.ljust for name in HEAD]
+    return [
+        "  ".join(to(cell, width) for to, cell, width in zip(adjust, row, widths, strict=True)).rstrip() for row in rows
+    ]
 
 
-def count(number: float) -> str:
-    """1234567 as 1.2 M."""
-    for unit in ("", " k", " M", " G"):
+def count(number: float, unit: str = "") -> str:
+    """1234567 as 1.2 M, with a unit 1.2 MB."""
+    for prefix in ("", "k", "M", "G"):
         if number < 1000:
-            return f"{number:.0f}{unit}" if unit == "" or number >= 100 else f"{number:.1f}{unit}"
+            digits = 1 if prefix and number < 100 else 0
+            return f"{number:.{digits}f} {prefix}{unit}".rstrip()
         number /= 1000
-    return f"{number:,.1f} T"
+    return f"{number:,.1f} T{unit}"
 
 
 def expected_seconds(look: Look, looks: Sequence[Look], seconds: Mapping[str, float]) -> tuple[float, bool] | None:
@@ -120,7 +126,7 @@ def disk(looks: Sequence[Look], folder: str, model: str) -> str:
     free = shutil.disk_usage(existing_parent(Path(folder))).free
     unknown = " and what is not known yet" if None in sizes else ""
     total = sum(size for size in sizes if size is not None)
-    return f"disk       at most {count(total)}B still to be written{unknown}; {count(free)}B free"
+    return f"disk       at most {count(total, 'B')} still to be written{unknown}; {count(free, 'B')} free"
 
 
 # Commands

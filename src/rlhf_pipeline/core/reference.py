@@ -143,9 +143,8 @@ def _check(
     some = np.arange(min(len(data), 8 * engine.world_size))
     logps = split_logps(engine, data, some, temperature=temperature, limits=limits)
     log_ratio = np.abs(logps - reference[some])
-    say(
-        f"check      |log_ratio| before the first update: mean {log_ratio.mean():.2g}, largest {log_ratio.max():.2g} nats"
-    )
+    seen = f"mean {log_ratio.mean():.2g}, largest {log_ratio.max():.2g} nats"
+    say(f"check      |log_ratio| before the first update: {seen}")
     if log_ratio.mean() > NOT_THE_REFERENCE:
         raise WorkFailed(
             f"before the first update |log_ratio| is {log_ratio.mean():.3g} nats on average, not about zero: {folder} "

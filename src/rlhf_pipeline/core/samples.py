@@ -33,7 +33,7 @@ class Sample:
 
 
 def choose(
-    answers: Sequence[Answers], *, proxy: str, judge: str, count: int = 4, seed: int = 0
+    answers: Sequence[Answers], *, proxy: str, judge: str, count: int = 3, seed: int = 0
 ) -> dict[str, list[Sample]]:
     """{heading: samples}. answers: aligned, the start's first, then the best policy's, then the last's if another.
 

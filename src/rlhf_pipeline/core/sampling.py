@@ -8,6 +8,7 @@ for the rest alone.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import threading
 import time
@@ -17,7 +18,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf_pipeline.core.command import BadUse, How, What, WorkFailed
+from rlhf_pipeline.core.command import BadUse, How, What, WorkFailed, die_with_parent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +28,8 @@ FinishReason = Literal["stop", "length"]
 QUEUE_DEPTH = 3
 """Requests that vLLM holds, in multiples of max_num_seqs: one runs and two wait, since all that run may
 finish in one step, and vLLM's own process works on while this one writes."""
+ENDS_WITH_PARENT = "RLHF_PIPELINE_ENGINE"
+"""Environment variable that tells vLLM's processes to end with the one that started them."""
 CPU_KV_CACHE_GIB = "1"
 """vLLM's KV cache on CPU, unless VLLM_CPU_KVCACHE_SPACE says otherwise."""
 CPU_BATCHED_TOKENS = 4096
@@ -209,8 +212,9 @@ def _set_vllm_environment(tensor_parallel_size: int, batch_invariant: bool) -> b
     import huggingface_hub  # noqa: F401  reads HF_HUB_OFFLINE now: this process may still push afterwards
     import torch
 
-    for name in ("VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "HF_HUB_OFFLINE"):
+    for name in ("VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "HF_HUB_OFFLINE", ENDS_WITH_PARENT):
         os.environ[name] = "1"
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a forked process would load no plugin
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if batch_invariant:
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
@@ -260,6 +264,15 @@ def checkpoint_dtype(model: Path) -> str:
     """The dtype a model folder is stored in; vLLM's own "auto" would round a float32 policy to 16 bits."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     return str(config.get("dtype") or config.get("torch_dtype") or "auto")
+
+
+def end_with_parent() -> None:
+    """vLLM's plugin, named in pyproject.toml: its core process ends when the one that started it is killed.
+
+    vLLM 0.32 alone would leave it behind, with the GPUs' memory.
+    """
+    if ENDS_WITH_PARENT in os.environ and multiprocessing.parent_process() is not None:
+        die_with_parent()
 
 
 def _wake_when_dead(engine_core: Any) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 Results = Mapping[str, Any]
@@ -147,31 +149,32 @@ def spoken(row: Row) -> str:
 
 
 def headline(summary: Summary, results: Results) -> list[str]:
-    """What happened, by how much, how sure it is, and where it starts to cheat: a few sentences."""
+    """What happened in one sentence, then by how much, how sure that is, and where it starts to cheat."""
     rows, judge = summary["policies"], judge_of(summary)
-    digits = digits_for([row[judge] for row in rows])
+    start, winner = rows[0], best(summary)
     if len(rows) == 1:
-        only = rows[0]
-        low, high = (number(only[judge][name], digits) for name in ("low", "high"))
-        mean = number(only[judge]["mean"], digits)
-        return [f"{only['name']} scores {mean} by {judge} (95 % interval {low} to {high})."]
-    winner = best(summary)
-    if winner is rows[0]:
+        digits = digits_for([start[judge]])
+        mean, low, high = (number(start[judge][name], digits) for name in ("mean", "low", "high"))
+        return [f"{start['name']} scores {mean} by {judge}.", f"The 95 % interval goes from {low} to {high}."]
+    if winner is start:
         rival = max(rows[1:], key=lambda row: row[judge]["mean"])
         return [
-            f"Nothing beats {rows[0]['name']} by {judge}: {spoken(rival)} comes closest, "
-            f"{change(rival[f'gain_{judge}'])}."
+            f"Nothing beats {start['name']} by {judge}.",
+            f"{_capital(spoken(rival))} comes closest: {change(rival[f'gain_{judge}'])}.",
         ]
     gain, wins = winner[f"gain_{judge}"], winner[f"win_rate_{judge}"]
-    before, after = number(rows[0][judge]["mean"], digits), number(winner[judge]["mean"], digits)
     if gain["low"] <= 0:
-        first = f"No clear gain by {judge}: {spoken(winner)} is best with {change(gain)}, and that interval holds zero."
-    else:
-        first = (
-            f"{_capital(_subject(winner))} lifted {judge} from {before} to {after}: {change(gain)}, "
-            f"winning {percent(wins['mean'], 0)} of comparisons with {rows[0]['name']}."
-        )
-    return [first, *_after_the_best(summary, results, winner)]
+        detail = f"{_capital(spoken(winner))} is best with {change(gain)}, and that interval holds zero."
+        return [f"No clear gain by {judge}.", detail]
+    digits = digits_for([row[judge] for row in rows])
+    before, after = number(start[judge]["mean"], digits), number(winner[judge]["mean"], digits)
+    title = f"{_capital(_subject(winner))} lifted {judge} from {before} to {after}."
+    detail = (
+        f"That is {change(gain)}, and {spoken(winner)} wins {percent(wins['mean'], 0)} of its comparisons with "
+        f"{start['name']}."
+    )
+    begins, later = _after_the_best(summary, results, winner)
+    return [f"{title} {begins}".strip(), detail, *later]
 
 
 def _subject(row: Row) -> str:
@@ -186,25 +189,22 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _after_the_best(summary: Summary, results: Results, winner: Row) -> list[str]:
-    """Whether later policies please the proxy more and the judge less."""
+def _after_the_best(summary: Summary, results: Results, winner: Row) -> tuple[str, list[str]]:
+    """(words for the title, sentences): whether later policies please the proxy more and the judge less."""
     proxy, judge = proxy_of(summary), judge_of(summary)
     if proxy == judge:
-        return [f"{judge} is also what the policies were trained on, so this can't show whether they please it alone."]
+        return "", [f"{_capital(judge)} is what they were trained on: whether they please it alone can't be seen."]
     later = summary["policies"][summary["policies"].index(winner) + 1 :]
-    if not later:
-        return []
     cheating = [row for row in later if _moved_apart(results, row, winner, proxy, judge)]
     if not cheating:
-        return [f"No later policy pleases {proxy} more and {judge} less."]
+        return "", [f"No later policy has more {proxy} and less {judge}."] if later else []
     worst = min(cheating, key=lambda row: _difference(results, row, winner, judge)["mean"])
     up, down = (_difference(results, worst, winner, name) for name in (proxy, judge))
     sure = down["high"] < 0
-    begins = f"From {spoken(cheating[0])} on it cheats" if sure else f"From {spoken(cheating[0])} on it may cheat"
-    return [
-        f"{begins}: compared with {spoken(winner)}, {spoken(worst)} has {change(up)} by {proxy} "
-        f"and {change(down)} by {judge}" + ("." if sure else ", a fall that may still be chance.")
-    ]
+    title = f"From {spoken(cheating[0])} on it {'cheats' if sure else 'may cheat'}." if worst["iteration"] else ""
+    end = "it pleases its reward model and nobody else." if sure else "a fall that may still be chance."
+    moves = f"{change(up)} by {proxy} and {change(down)} by {judge}"
+    return title, [f"Compared with {spoken(winner)}, {spoken(worst)} has {moves}: {end}"]
 
 
 def _difference(results: Results, row: Row, other: Row, reward_model: str) -> Mapping[str, float]:
@@ -222,20 +222,25 @@ def _moved_apart(results: Results, row: Row, other: Row, proxy: str, judge: str)
 
 
 def warnings(summary: Summary, results: Results) -> list[dict[str, str]]:
-    """{policy, kind, text} for each sign of over-optimisation, in the order of the policies."""
-    rows = summary["policies"]
+    """{policy, kind, text} for each sign of over-optimisation; of a kind that several policies show, the last one."""
+    start, *rows = summary["policies"]
     found = []
-    for position, row in enumerate(rows[1:], 1):
-        for kind, text in [
-            ("rewards part", _rewards_part(summary, results, row, rows[position - 1])),
-            ("length", _longer(row, rows[0])),
-            ("repetition", _repeats(row, rows[0])),
-            ("truncation", _truncated(row, rows[0])),
-            ("variety", _less_varied(row, rows[0])),
-            ("correlation", _tracks_less(summary, row, rows[0])),
-        ]:
-            if text is not None:
-                found.append({"policy": row["name"], "kind": kind, "text": text})
+    for before, row in pairwise(summary["policies"]):
+        if text := _rewards_part(summary, results, row, before):
+            found.append({"policy": row["name"], "kind": "rewards part", "text": text})
+    for kind, sign in (
+        ("length", _longer),
+        ("repetition", _repeats),
+        ("truncation", _truncated),
+        ("variety", _less_varied),
+        ("correlation", partial(_tracks_less, summary)),
+    ):
+        shown = [(row, text) for row in rows if (text := sign(row, start))]
+        if shown:
+            row, text = shown[-1]
+            first = shown[0][0]
+            since = "" if first is row else f" {_capital(spoken(first))} showed it first."
+            found.append({"policy": row["name"], "kind": kind, "text": _capital(text) + since})
     return found
 
 
