@@ -35,8 +35,8 @@ VLLM_ENVIRONMENT = {
 Score = Callable[[Sequence[dict[str, Any]]], list[float]]
 
 
-def make_rows(prompts: int, corpus: str) -> list[dict[str, Any]]:
-    """Prompts of 100 to 600 characters, responses of 200 to 4000, lengths log-uniform."""
+def make_rows(prompts: int, corpus: str, longest: int) -> list[dict[str, Any]]:
+    """Prompts of 40 to 400 characters, responses of 40 to `longest`, lengths log-uniform."""
     random = Random(0)
 
     def piece(low: int, high: int) -> str:
@@ -46,9 +46,9 @@ def make_rows(prompts: int, corpus: str) -> list[dict[str, Any]]:
 
     rows = []
     for k in range(prompts):
-        prompt = piece(100, 600)
+        prompt = piece(40, 400)
         rows += [
-            {"prompt_id": f"p{k}", "prompt": prompt, "response": piece(200, 4000), "response_tokens": None}
+            {"prompt_id": f"p{k}", "prompt": prompt, "response": piece(40, longest), "response_tokens": None}
             for _ in range(NUM_RESPONSES)
         ]
     return rows
@@ -95,12 +95,14 @@ def ours(folder: Path, *, batch_tokens: int | None) -> Score:
 
 def vllm(folder: Path) -> Score:
     """Raw logits from vLLM's pooling runner: its own default is a sigmoid."""
+    import torch
     from vllm import LLM, PoolingParams
 
     from rlhf_pipeline.core.chat import Chat
 
     chat = Chat.load(folder)
-    engine = LLM(str(folder), runner="pooling", convert="classify", enforce_eager=True, dtype="auto")
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # rank's; vLLM's auto would round float32
+    engine = LLM(str(folder), runner="pooling", convert="classify", enforce_eager=True, dtype=dtype)
 
     def score(rows: Sequence[dict[str, Any]]) -> list[float]:
         prompts = [{"prompt_token_ids": chat.conversation_ids(row["prompt"], row["response"])} for row in rows]
@@ -113,6 +115,7 @@ def vllm(folder: Path) -> Score:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--longest", type=int, default=4000, help="characters of the longest response")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
@@ -124,7 +127,7 @@ def main() -> None:
     import pydoc_data.topics
 
     corpus = "\n\n".join(pydoc_data.topics.topics.values())
-    rows = make_rows(args.prompts, corpus)
+    rows = make_rows(args.prompts, corpus, args.longest)
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_classifier(Path(temporary, "reward"), corpus, hidden_size=args.hidden_size, layers=args.layers)
         ways = {"one row at a time": ours(folder, batch_tokens=1), "rank": ours(folder, batch_tokens=args.batch_tokens)}

@@ -1,7 +1,7 @@
 """Did the demo show what it promises? Checks a run folder's files; one line per check, exit 0 if all hold.
 
-    python scripts/check_demo.py runs/tiny
-    python scripts/check_demo.py runs/ci --proxy_only
+python scripts/check_demo.py runs/tiny
+python scripts/check_demo.py runs/ci --proxy_only
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def provenances(run: Path, pattern: str) -> dict[str, dict[str, Any]]:
     """{output: provenance} of a run's finished outputs; hidden folders hold unfinished ones."""
     paths = [path.parent for path in sorted(run.glob(f"{pattern}/provenance.json"))]
     names = {path: path.relative_to(run).as_posix() for path in paths}
-    return {name: json.loads((path / "provenance.json").read_text()) for path, name in names.items() if "/." not in name}
+    return {
+        name: json.loads((path / "provenance.json").read_text()) for path, name in names.items() if "/." not in name
+    }
 
 
 def generated(run: Path) -> Check:

@@ -61,7 +61,7 @@ def make_run(
 def describe(command: str, line: str, **values: Any) -> dict[str, Any]:
     made = provenance.describe(
         command=command,
-        config={},
+        config=values.pop("config", {}),
         inputs=values.pop("inputs", {}),
         rows_in=values.pop("rows_in"),
         rows_out=values.pop("rows_out"),
@@ -127,6 +127,7 @@ def write_iteration(folder: Path, k: int, rng: Random) -> None:
             f"--model {before} --prompts runs/tiny/world/prompts --output_repo runs/tiny/iteration_{k}/responses",
             rows_in=912,
             rows_out=912,
+            config={"backend": "vllm"},
             engine={"name": "vllm", "version": "0.32.0", "device": "cpu", "dtype": "float32"},
             inputs={"model": {"ref": before, "fingerprint": "cd" * 32}},
             responses={"mean_length": 10.4 + 2.5 * k, "truncated": 0.002 * k},
@@ -249,7 +250,8 @@ def write_answers(home: Path, k: int, prompts: list[Prompt], num_responses: int,
         logs.append(log)
     engine = {"name": "vllm", "version": "0.32.0", "device": "cpu"}
     sizes: dict[str, Any] = {"rows_in": len(prompts), "rows_out": len(prompts)}
-    write_dataset(home / "responses", responses, describe("generate", "...", engine=engine, **sizes))
+    made = describe("generate", "...", config={"backend": "vllm"}, engine=engine, **sizes)
+    write_dataset(home / "responses", responses, made)
     write_dataset(home / "proxy", proxy, describe("rank", "...", **sizes))
     write_dataset(home / "gold", gold, describe("rank", "...", **sizes))
     if k:

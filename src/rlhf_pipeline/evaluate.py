@@ -149,7 +149,10 @@ def named(items: Sequence[str], reserved: Collection[str], flag: str) -> dict[st
         if not separator or not NAME.fullmatch(name):
             name, ref = default_name(item), item
         if not NAME.fullmatch(name) or name in reserved:
-            raise BadUse(f"{flag} {item} can't be called {name} here: write NAME={ref} with another name.")
+            raise BadUse(
+                f"{flag} {item} can't be called {name}, which is no name or means something else in the results: "
+                f"write NAME={ref} with another one."
+            )
         if name in found:
             raise BadUse(f"{flag} names {name} twice ({found[name]} and {ref}): write NAME={ref} for one of them.")
         found[name] = ref

@@ -380,7 +380,13 @@ def describe(plan: Plan, config: Config, summary: Summary, engines: list[dict[st
         dropped=plan.prompts.reasons,
         engine=engines[-1],
         earlier_engines=engines[:-1],
-        sampling={**asdict(settings_of(config, plan.chat)), "seed": config.seed, "seed_step": SEED_STEP},
+        sampling={
+            **asdict(settings_of(config, plan.chat)),
+            "seed": config.seed,
+            "seed_step": SEED_STEP,
+            "model": plan.model.text,
+            "model_fingerprint": plan.identity["inputs"]["model"],
+        },
         chat=plan.chat.describe(),
         responses=asdict(summary),
     )

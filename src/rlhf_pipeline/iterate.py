@@ -221,9 +221,10 @@ def measured(config: Config, stage: Stage) -> tuple[list[dict[str, Any]], str]:
 def print_plan(looks: Sequence[Look], run: Run) -> None:
     seconds = read_json(Path(run.folder, TIMINGS)) or {}
     left = sum(not look.finished for look in looks)
+    stages_left = f"{left} of {len(looks)} stages are left" if left else f"all {len(looks)} stages are done"
     say(f"run        {run.folder}: {run.iterations} iterations from {run.model}")
     say(f"prompts    {run.prompts}, {'all of them each time' if run.shards is None else f'in {run.shards} shards'}")
-    say(f"stages     {len(looks)}, {left} of them left\n")
+    say(f"stages     {stages_left}\n")
     for line in plan_table.lines(looks, run.folder, run.model, seconds):
         say(line)
     say("\n" + plan_table.disk(looks, run.folder, run.model))
@@ -318,10 +319,10 @@ def remove_data(run: Run, t: int) -> None:
 
 
 def conclude(config: Config, run: Run, looks: Sequence[Look], stop: Stop | None) -> None:
-    """Say, and keep in the run's folder, which rule fired and which policy is best."""
-    evaluations = [look.stage for look in looks if look.stage.command == "evaluate" and look.finished]
+    """Say, and keep in the run's folder, which rule fired; say which policy is best and where the report is."""
     path = Path(run.folder, STOP)
     path.unlink(missing_ok=True)
+    evaluations = [look.stage for look in looks if look.stage.command == "evaluate"]
     if evaluations:
         rows, judge = measured(config, evaluations[-1])
         best = stopping.best(rows, judge, stop)
@@ -329,7 +330,9 @@ def conclude(config: Config, run: Run, looks: Sequence[Look], stop: Stop | None)
             reasons = "; ".join(stop.reasons)
             say(f"stopped    after iteration {stop.iteration} of {config.iterations}: {reasons}")
             write_json(path, {"iteration": stop.iteration, "reasons": stop.reasons, "best": best["name"]})
-        say(f"best       {best['name']} by {judge}, {best[judge]['mean']:.3g}")
+        say(f"best       {best['name']} by {judge}: {best[judge]['mean']:.3g}, {best['model']}")
+    report = Path(run.folder, stages.REPORT)
+    say(f"done: {report if report.exists() else run.folder}")
 
 
 def main(config: Config) -> Path:
@@ -349,7 +352,6 @@ def main(config: Config) -> Path:
         print_plan(looks, run)
         looks, stop = work(config, run, looks)
         conclude(config, run, looks, stop)
-        say(f"done: {folder}")
     return Path(folder)
 
 

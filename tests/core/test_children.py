@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -97,3 +98,22 @@ def alive(argument: str) -> list[str]:
         if argument.encode() in words:
             found.append(path.parent.name)
     return found
+
+
+def test_on_a_terminal_the_child_has_one_too(tmp_path: Path, command_environment) -> None:
+    """So that its bars live, and break at our width; 24 lines of 100 columns here."""
+    script = "import os, sys; print(sys.stdout.isatty(), os.get_terminal_size().columns)"
+    parent = f"""
+import sys
+from pathlib import Path
+from rlhf_pipeline.core import children
+children.run([sys.executable, "-c", {script!r}], log=Path(sys.argv[1]), environment={{}}, on_beat=print)
+"""
+    ours, theirs = pty.openpty()
+    environment = {**command_environment, "COLUMNS": "100", "LINES": "24"}
+    words = [sys.executable, "-c", parent, str(tmp_path / "a.log")]
+    subprocess.run(words, stdout=theirs, env=environment, timeout=20, check=True)
+    os.close(theirs)
+    assert os.read(ours, 100).split() == [b"True", b"100"]
+    os.close(ours)
+    assert (tmp_path / "a.log").read_text() == "True 100\n"

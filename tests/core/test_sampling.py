@@ -340,6 +340,23 @@ def test_vllm_logps_agree_with_transformers(vllm_run: dict[str, Any], model: Any
         assert sample["token_logps"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_vllm_samples_within_the_top_p_set_at_the_temperature(vllm_run: dict[str, Any], model: Any) -> None:
+    """The tokens more probable than a sampled one hold less than top_p = 0.9 at temperature 0.8.
+
+    At temperature 1, or without top-p, a share of the tokens would lie outside; 1e-4 allows for rounding.
+    """
+    import torch
+
+    prompts = make_prompts(VLLM_PROMPTS)
+    for sample in vllm_run["sampled"][::5]:
+        prompt, ids = prompts[sample["key"] // 5], sample["token_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].double()
+        probs = torch.softmax(logits / 0.8, dim=1)
+        own = probs[range(len(ids)), ids][:, None]
+        assert (torch.where(probs > own, probs, 0.0).sum(dim=1) < 0.9 + 1e-4).all()
+
+
 def test_vllm_greedy_equals_the_transformers_sampler(vllm_run: dict[str, Any], model: Any, tokenizer: Any) -> None:
     """GREEDY has no stop ids: neither backend may add the generation config's on its own."""
     ours = transformers_sampler(model, tokenizer, GREEDY).sample(requests_for(make_prompts(24)))

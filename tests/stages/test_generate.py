@@ -377,3 +377,19 @@ def test_a_run_killed_again_and_again_has_the_rows_of_an_uninterrupted_one(
     assert read(tmp_path / "killed").equals(read(tmp_path / "uninterrupted"))
     engines = json.loads((tmp_path / "killed" / "provenance.json").read_text())
     assert engines["engine"]["name"] == backend and engines["earlier_engines"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two groups of CPU cores need two cores")
+def test_one_and_two_tensor_parallel_workers_give_the_same_rows(
+    tmp_path: Path, tiny_policy: Path, tiny_prompts: Path, run_command: Callable[..., Any]
+) -> None:
+    sampling = ("--model", tiny_policy, "--prompts", tiny_prompts, "--maxlen", 24)
+    for size in (1, 2):
+        done = run_command("generate", *sampling, "--world_size", size, "--output_repo", tmp_path / f"tp{size}")
+        assert done.returncode == 0, done.stderr
+    assert read(tmp_path / "tp1").equals(read(tmp_path / "tp2"))
+    engine = json.loads((tmp_path / "tp2" / "provenance.json").read_text())["engine"]
+    assert engine["tensor_parallel_size"] == 2

@@ -96,6 +96,8 @@ def entry(main: Callable[[Any], object], config_type: Any) -> NoReturn:
     A Config with a class method `from_words` is made by it of the command line's words; it may raise BadUse.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     die_with_launcher()
     debug = "--debug" in sys.argv
     signal.signal(signal.SIGTERM, _raise_terminated)

@@ -193,8 +193,8 @@ class VllmSampler:
             prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids))
             engine.add_request(str(request.key), prompt, own)
             added += 1
-        if added and queued:
-            self.fewest_waiting = min(waiting, self.fewest_waiting or waiting)
+        if added and queued and (self.fewest_waiting is None or waiting < self.fewest_waiting):
+            self.fewest_waiting = waiting
         return added > 0
 
     def _to_sample(self, output: Any) -> Sample:
