@@ -205,3 +205,16 @@ def test_the_context_window_is_the_configs(start):
     assert (
         context_window(load_config(start)) == json.loads((start / "config.json").read_text())["max_position_embeddings"]
     )
+
+
+def test_a_policy_that_lacks_a_weight_is_refused_by_its_name(tiny_policy, tmp_path):
+    """transformers would draw it at random and go on."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "policy"
+    shutil.copytree(tiny_policy, folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadUse, match=r"lacks weights .*: model.layers.1.mlp.up_proj.weight"):
+        models.load_policy(folder, dtype=torch.float32, attn_implementation="sdpa")

@@ -29,9 +29,7 @@ def test_a_printed_command_is_the_command() -> None:
 
 def test_what_has_not_run_takes_as_long_as_the_last_of_its_kind(tmp_path: Path) -> None:
     run = Run(folder=str(tmp_path), model="./start", prompts="./prompts", iterations=3)
-    looks = [
-        Look(stage, "done" if stage.iteration == 1 else "to do", rows=10) for stage in stages.plan(Recipe(), run)
-    ]
+    looks = [Look(stage, "done" if stage.iteration == 1 else "to do", rows=10) for stage in stages.plan(Recipe(), run)]
     seconds = {"iteration_1/generate": 90.0, "iteration_1/train": 3700.0}
     by_name = {look.stage.name: plan_table.expected_seconds(look, looks, seconds) for look in looks}
     assert by_name["iteration_1/generate"] == (90.0, False)

@@ -17,7 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -289,6 +289,7 @@ def run_vllm(folder: Path, output: Path) -> None:
         "sampled": [asdict(sample) for sample in sampler.sample(iter(requests))],
         "fewest_waiting": sampler.fewest_waiting,
         "backwards": [asdict(sample) for sample in sampler.sample(requests[::-7])],
+        "twins": [asdict(sample) for sample in sampler.sample(replace(r, key=1000 + r.key) for r in requests[:10])],
     }
     sampler.close()
     sampler = VllmSampler(folder, tokenizer, GREEDY, options, **sizes)
@@ -331,6 +332,14 @@ def test_vllm_samples_do_not_depend_on_order_and_neighbours(vllm_run: dict[str, 
     backwards = vllm_run["backwards"]
     assert len(backwards) == 72
     assert all(sample["token_ids"] == sampled[sample["key"]] for sample in backwards)
+
+
+def test_vllm_takes_each_requests_own_seed(vllm_run: dict[str, Any]) -> None:
+    """Equal prompts and seeds under other keys: equal tokens. Other seeds, 50 apart: other tokens."""
+    sampled = {sample["key"]: sample["token_ids"] for sample in vllm_run["sampled"]}
+    twins = {sample["key"]: sample["token_ids"] for sample in vllm_run["twins"]}
+    assert twins == {1000 + key: sampled[key] for key in range(10)}
+    assert len({tuple(sampled[key]) for key in range(10)}) == 10
 
 
 def test_vllm_logps_agree_with_transformers(vllm_run: dict[str, Any], model: Any) -> None:

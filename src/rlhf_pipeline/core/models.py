@@ -22,6 +22,7 @@ from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.files import read_json, sha256_of, sync_file, sync_folder, write_json
 from rlhf_pipeline.core.provenance import fingerprint_model
 from rlhf_pipeline.core.storage import parse_ref
+from rlhf_pipeline.core.weights import some
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -216,13 +217,14 @@ def load_policy(
 
     It is in eval mode, where gradient checkpointing is inactive: call train(). `attn_implementation` is what
     `choose_attention` said. Only safetensors are read. Under ZeRO-3, call it after the Accelerator exists:
-    the parameters are partitioned while they load.
+    the parameters are partitioned while they load. Raises BadUse for a checkpoint that lacks weights.
     """
     from transformers import AutoModelForCausalLM
 
     config = load_config(folder, trust_remote_code=trust_remote_code)
     disable_dropout(config)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    model: PreTrainedModel
+    model, report = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
         dtype=dtype,
@@ -230,7 +232,10 @@ def load_policy(
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
         local_files_only=True,
+        output_loading_info=True,
     )
+    if report["missing_keys"]:
+        raise BadUse(f"{folder} lacks weights that its {CONFIG} asks for: {some(report['missing_keys'])}.")
     return model
 
 

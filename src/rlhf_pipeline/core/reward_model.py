@@ -27,14 +27,18 @@ def draw_reward_model(policy: Path, folder: Path, *, seed: int) -> None:
     Done once and before any launch partitions parameters, so that every launch starts from the same head.
     """
     from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
 
     config = models.load_config(policy)
     config.num_labels = 1
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # that the head is missing is why we are here
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForSequenceClassification.from_pretrained(
             policy, config=config, dtype=models.stored_dtype(policy), use_safetensors=True
         )
+    logging.set_verbosity(verbosity)
     partial = folder.with_name(f".{folder.name}")
     model.save_pretrained(partial)
     for name in models.files_matching(policy, models.TOKENIZER_FILES):

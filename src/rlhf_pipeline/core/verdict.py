@@ -150,6 +150,14 @@ def spoken(row: Row) -> str:
 
 def headline(summary: Summary, results: Results) -> list[str]:
     """What happened in one sentence, then by how much, how sure that is, and where it starts to cheat."""
+    sentences = _what_happened(summary, results)
+    if len(summary["reward_models"]) == 1:
+        only = _capital(judge_of(summary))
+        sentences.append(f"{only} is the only judge: whether the policies please it alone can't be seen.")
+    return sentences
+
+
+def _what_happened(summary: Summary, results: Results) -> list[str]:
     rows, judge = summary["policies"], judge_of(summary)
     start, winner = rows[0], best(summary)
     if len(rows) == 1:
@@ -192,8 +200,6 @@ def _capital(text: str) -> str:
 def _after_the_best(summary: Summary, results: Results, winner: Row) -> tuple[str, list[str]]:
     """(words for the title, sentences): whether later policies please the proxy more and the judge less."""
     proxy, judge = proxy_of(summary), judge_of(summary)
-    if proxy == judge:
-        return "", [f"{_capital(judge)} is what they were trained on: whether they please it alone can't be seen."]
     later = summary["policies"][summary["policies"].index(winner) + 1 :]
     cheating = [row for row in later if _moved_apart(results, row, winner, proxy, judge)]
     if not cheating:
