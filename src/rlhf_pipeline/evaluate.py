@@ -10,33 +10,56 @@ is the baseline. Writes results.json: rewards and win rates with intervals, KL t
 
 from __future__ import annotations
 
-import re
 import shlex
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf_pipeline.core import evaluation, preflight, provenance, schema, scoring, storage, verdict
+from rlhf_pipeline.core import (
+    children,
+    evaluation,
+    plan_table,
+    preflight,
+    provenance,
+    schema,
+    scoring,
+    storage,
+    verdict,
+)
 from rlhf_pipeline.core.chat import Chat
-from rlhf_pipeline.core.command import RUN, BadUse, How, RunFlags, What, entry, fields_with_roles, what_fields
+from rlhf_pipeline.core.command import (
+    EXIT_BAD_USE,
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    RUN,
+    BadUse,
+    How,
+    RunFlags,
+    What,
+    WorkFailed,
+    entry,
+    fields_with_roles,
+    what_fields,
+)
 from rlhf_pipeline.core.evaluation import ENSEMBLE, LOG_PROBS, RESPONSES, RESULTS, Answers
 from rlhf_pipeline.core.files import read_json, write_json
-from rlhf_pipeline.core.processes import run_stage
+from rlhf_pipeline.core.names import last_policy, named
 from rlhf_pipeline.core.progress import duration, say
 from rlhf_pipeline.core.tables import print_policies
 
 if TYPE_CHECKING:
     from rlhf_pipeline.core.models import ModelRef
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-FILES = {RESULTS, storage.PROVENANCE, storage.IDENTITY, storage.CARD}
+LOGS = "logs"
+FILES = {RESULTS, LOGS, storage.PROVENANCE, storage.IDENTITY, storage.CARD}
 RESERVED = {RESPONSES, LOG_PROBS, ENSEMBLE, *verdict.OTHER_COLUMNS}
 """What a policy, and what a reward model, can't be called: it means something else in the folder or in summary.json."""
-PLACES = ("policies", "reward_models", "prompts", "output", "chat_template")
+PLACES = ("policies", "reward_models", "judge_model", "judge_template", "prompts", "output", "chat_template")
 """Fields that name things: what they hold counts, by its fingerprint, not what they are called."""
 
 
@@ -58,6 +81,11 @@ class Config:
     """Take only the first so many prompts. None: all."""
     ensemble: What[tuple[str, ...]] = ()
     """Names of reward models whose mean, each in standard deviations of the baseline's rewards, judges as well."""
+
+    judge_model: What[str | None] = None
+    """With an endpoint http://HOST/v1 among the reward models: the model there that rates responses."""
+    judge_template: What[str | None] = None
+    """File with that judge's prompt, as for rank."""
 
     num_responses: What[int] = 1
     """Responses to each prompt."""
@@ -141,43 +169,10 @@ def judges_of(config: Config) -> dict[str, str]:
     return named(config.reward_models, RESERVED, "--reward_models")
 
 
-def named(items: Sequence[str], reserved: Collection[str], flag: str) -> dict[str, str]:
-    """{name: reference} of NAME=REF or REF items. Raises BadUse for a name that can't be one, or comes twice."""
-    found: dict[str, str] = {}
-    for item in items:
-        name, separator, ref = item.partition("=")
-        if not separator or not NAME.fullmatch(name):
-            name, ref = default_name(item), item
-        if not NAME.fullmatch(name) or name in reserved:
-            raise BadUse(
-                f"{flag} {item} can't be called {name}, which is no name or means something else in the results: "
-                f"write NAME={ref} with another one."
-            )
-        if name in found:
-            raise BadUse(f"{flag} names {name} twice ({found[name]} and {ref}): write NAME={ref} for one of them.")
-        found[name] = ref
-    if not found:
-        raise BadUse(f"{flag} is empty; expected at least one.")
-    return found
-
-
-def default_name(ref: str) -> str:
-    """What to call a policy or reward model: the function's name, or the last part of its path or Hub id.
-
-    A folder named policy is called after the folder it lies in: runs/a/iteration_2/policy is iteration_2.
-    """
-    if match := scoring.FUNCTION_NAME.fullmatch(ref):
-        return str(match["name"] or match["member"])
-    parts = [part for part in ref.partition("@")[0].split("/") if part not in ("", ".", "..")]
-    if len(parts) > 1 and parts[-1] == "policy":
-        parts.pop()
-    return parts[-1] if parts else ref
-
-
-def resolve_policy(ref: str) -> str:
-    """`ref`, or the last iteration's policy if it is a run folder."""
-    policies = {int(path.parent.name.split("_")[1]): path for path in Path(ref).glob("iteration_[0-9]*/policy")}
-    return str(policies[max(policies)]) if policies else ref
+def resolve_judge(config: Config, ref: str) -> scoring.RewardModel:
+    return scoring.resolve_reward_model(
+        ref, flag="--reward_models", judge_model=config.judge_model, judge_template=config.judge_template
+    )
 
 
 def choose_folder(config: Config) -> Path:
@@ -194,7 +189,7 @@ def make_plan(config: Config) -> Plan:
 
     own_template = config.chat_template is None
     policies = {
-        name: models.resolve_model(resolve_policy(ref), flag="--policies", chat_template=own_template)
+        name: models.resolve_model(last_policy(ref), flag="--policies", chat_template=own_template)
         for name, ref in policies_of(config).items()
     }
     judges = {
@@ -279,11 +274,11 @@ def check_pending(config: Config, pending: dict[str, int]) -> Path:
     folder = choose_folder(config)
     for name, ref in policies_of(config).items():
         if ref not in pending:
-            models.resolve_model(resolve_policy(ref), flag="--policies", chat_template=config.chat_template is None)
+            models.resolve_model(last_policy(ref), flag="--policies", chat_template=config.chat_template is None)
         say(f"policy     {name}: {ref}{', to be written by an earlier stage' if ref in pending else ''}")
     for name, ref in judges_of(config).items():
         if ref not in pending:
-            scoring.resolve_reward_model(ref, flag="--reward_models")
+            resolve_judge(config, ref)
         say(f"judge      {name}: {ref}{', to be written by an earlier stage' if ref in pending else ''}")
     rows = pending.get(config.prompts)
     if rows is None:
@@ -323,15 +318,19 @@ def generate_command(config: Config, plan: Plan, policy: str) -> list[str]:
 
 
 def rank_command(config: Config, plan: Plan, policy: str, reward_model: str) -> list[str]:
+    judge, home = plan.reward_models[reward_model], plan.folder / policy
+    given = {
+        "--input_repo": str(home / RESPONSES),
+        "--output_repo": str(home / reward_model),
+        "--reward_model": judge.text,
+        "--num_responses": str(config.num_responses),
+    }
+    if judge.kind == "judge":
+        asked = {"--judge_model": config.judge_model, "--judge_template": config.judge_template}
+        given |= {name: value for name, value in asked.items() if value is not None}
     launch = ["-m", "accelerate.commands.launch", "--num_processes", str(config.rank_processes)]
-    home = plan.folder / policy
-    flags = [
-        *("--input_repo", str(home / RESPONSES)),
-        *("--output_repo", str(home / reward_model)),
-        *("--reward_model", plan.reward_models[reward_model].text),
-        *("--num_responses", str(config.num_responses)),
-    ]
     launcher = launch if config.rank_processes > 1 else []
+    flags = [part for item in given.items() for part in item]
     return [config.train_python, *launcher, "-m", "rlhf_pipeline.rank", *flags, *shlex.split(config.rank_flags)]
 
 
@@ -341,11 +340,29 @@ def run_stages(config: Config, plan: Plan) -> None:
     What is there whole was made for this evaluation: another one's is refused, or removed, before.
     """
     for policy in plan.policies:
-        if not is_whole(plan.folder / policy / RESPONSES):
-            run_stage(generate_command(config, plan, policy), name=f"generate for {policy}")
+        home = plan.folder / policy
+        if not is_whole(home / RESPONSES):
+            run_stage(generate_command(config, plan, policy), home / RESPONSES, f"generate for {policy}")
         for judge in plan.reward_models:
-            if not is_whole(plan.folder / policy / judge):
-                run_stage(rank_command(config, plan, policy, judge), name=f"rank of {policy} by {judge}")
+            if not is_whole(home / judge):
+                run_stage(rank_command(config, plan, policy, judge), home / judge, f"rank of {policy} by {judge}")
+
+
+def run_stage(words: Sequence[str], output: Path, name: str) -> None:
+    """Run the command that writes `output`; what it says is also kept in the evaluation's logs.
+
+    Raises BadUse or WorkFailed as the stage did, SystemExit if this process was asked to end.
+    """
+    say(f"\n$ {plan_table.pasted(words)}")
+    log = output.parents[1] / LOGS / f"{output.parent.name}-{output.name}.log"
+    ended = children.run(words, log=log, environment={"RLHF_PIPELINE_PARENT": "1"}, on_beat=lambda seconds: None)
+    if ended.asked is not None:
+        say("ended as asked: run the same command again to go on from here")
+        raise SystemExit(EXIT_INTERRUPTED if ended.asked == signal.SIGINT else EXIT_TERMINATED)
+    if ended.code == EXIT_BAD_USE:
+        raise BadUse(f"{name} was refused: its message stands above.")
+    if ended.code != 0:
+        raise WorkFailed(f"{name} ended with exit code {ended.code}: its message stands above, and in {log}.")
 
 
 def measure_distances(config: Config, plan: Plan) -> None:

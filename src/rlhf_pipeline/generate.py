@@ -75,7 +75,7 @@ class Config:
     maxlen: What[int] = 2048
     """New tokens of a response at most."""
     seed: What[int] = 0
-    """Response i of each prompt is sampled with seed + 50 i."""
+    """Response i of each prompt is sampled with seed + 50 i, mixed with the prompt's ids."""
     token_logps: What[bool] = False
     """Keep the sampled tokens' log-probabilities at temperature 1, for diagnosis, in response_{i}_token_logps."""
 

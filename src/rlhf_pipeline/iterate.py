@@ -290,6 +290,7 @@ def run_stage(config: Config, stage: Stage, folder: str) -> None:
     def note(elapsed: float) -> None:
         write_json(timings, {**seconds, stage.name: round(earlier + elapsed, 1)})
 
+    note(0.0)
     ended = children.run(words, log=log, environment={"RLHF_PIPELINE_PARENT": "1"}, on_beat=note)
     note(ended.seconds)
     if ended.asked is not None:
@@ -325,13 +326,12 @@ def conclude(config: Config, run: Run, looks: Sequence[Look], stop: Stop | None)
     evaluations = [look.stage for look in looks if look.stage.command == "evaluate"]
     if evaluations:
         rows, judge = measured(config, evaluations[-1])
-        best = stopping.best(rows, judge, stop)
+        t = stopping.best(rows, judge, stop)
         if stop is not None:
             reasons = "; ".join(stop.reasons)
             say(f"stopped    after iteration {stop.iteration} of {config.iterations}: {reasons}")
-            write_json(path, {"iteration": stop.iteration, "reasons": stop.reasons, "best": best["name"]})
-        place = stages.policy_of(run, rows.index(best))
-        say(f"best       {best['name']} by {judge} with {best[judge]['mean']:.3g}: {place}")
+            write_json(path, {"iteration": stop.iteration, "reasons": stop.reasons, "best": rows[t]["name"]})
+        say(f"best       {rows[t]['name']} by {judge} with {rows[t][judge]['mean']:.3g}: {stages.policy_of(run, t)}")
     report = Path(run.folder, stages.REPORT)
     say(f"done: {report if report.exists() else run.folder}")
 

@@ -86,7 +86,14 @@ def test_what_is_no_recipe_is_refused_with_its_place(text: str, says: str) -> No
 
 
 def test_words_are_those_that_a_shell_user_would_type() -> None:
-    flags = {"lr": 1e-6, "rebel.eta": "1e6", "fresh": True, "max_grad_norm": None, "reward_model": ["a", "b"], "n": -1}
+    flags: recipes.Flags = {
+        "lr": 1e-6,
+        "rebel.eta": "1e6",
+        "fresh": True,
+        "max_grad_norm": None,
+        "reward_model": ["a", "b"],
+        "n": -1,
+    }
     words = "--lr 1e-06 --rebel.eta 1e6 --fresh --max_grad_norm None --reward_model a b --n -1"
     assert recipes.words_of(flags) == words.split()
     assert recipes.words_of({"generate_flags": "--x 1"}) == ["--generate_flags=--x 1"]

@@ -181,18 +181,17 @@ def test_a_response_does_not_depend_on_its_neighbours(model: Any, tokenizer: Any
         assert all(sample == together[key] for key, sample in other.items())
 
 
-def test_equal_seeds_of_different_prompts_draw_at_different_quantiles(model: Any, tokenizer: Any) -> None:
+def test_equal_seeds_of_different_prompts_draw_at_different_quantiles() -> None:
     """Response 0 of every prompt has seed 0. Were its noise the seed's alone, all first draws would lie in
     one place of their distributions; their mean over 400 prompts must be near 1/2 (standard error 0.29 / 20).
     """
     import torch
 
-    from rlhf_pipeline.core.decoding import Row, _uniforms
-
-    draws = [_uniforms(Row(i, (i, i + 1), seed=0, max_tokens=1), 1) for i in range(400)]
-    values = torch.cat(draws)
-    assert abs(values.mean() - 0.5) < 5 * 0.29 / 20
-    assert values.unique().numel() == 400
+    seeds = [Request(i, (i, i + 1), 0).engine_seed for i in range(400)]
+    draws = torch.tensor([float(torch.rand(1, generator=torch.Generator().manual_seed(seed))) for seed in seeds])
+    assert len(set(seeds)) == 400
+    assert abs(draws.mean() - 0.5) < 5 * 0.29 / 20
+    assert Request(0, (1, 2), 50).engine_seed != Request(0, (1, 2), 0).engine_seed == Request(9, (1, 2), 0).engine_seed
 
 
 def test_token_logps_are_the_models_at_temperature_one(model: Any, tokenizer: Any) -> None:

@@ -11,8 +11,8 @@ from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.stopping import Rules, first_stop
 
 
-def row(name: str, gold: float, **numbers: float) -> dict[str, Any]:
-    usual = {"kl": 0.5, "length": 10.0, "repeated": 0.0, "truncated": 0.0}
+def row(name: str, gold: float, **numbers: float | None) -> dict[str, Any]:
+    usual: dict[str, float | None] = {"kl": 0.5, "length": 10.0, "repeated": 0.0, "truncated": 0.0}
     return {"name": name, "gold": {"mean": gold}, **usual, **numbers}
 
 
@@ -61,8 +61,8 @@ def test_the_reasons_name_number_limit_and_flag() -> None:
 def test_the_best_policy_is_one_of_those_before_a_rule_fired() -> None:
     """The length rule of 1.4 fires after iteration 2, whose reward is the highest: iteration 1 is the best left."""
     stop = first_stop(Rules(length=1.4), ROWS, "gold")
-    assert stopping.best(ROWS, "gold", stop)["name"] == "iteration_1"
-    assert stopping.best(ROWS, "gold", None)["name"] == "iteration_2"
+    assert stopping.best(ROWS, "gold", stop) == 1
+    assert stopping.best(ROWS, "gold", None) == 2
 
 
 def test_without_limits_there_are_no_rules() -> None:

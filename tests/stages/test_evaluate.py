@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from rlhf_pipeline import evaluate, generate, rank
-from rlhf_pipeline.core import evaluation, storage, verdict
+from rlhf_pipeline.core import evaluation, names, storage, verdict
 from rlhf_pipeline.core.command import BadUse, WorkFailed, parse
 from rlhf_pipeline.core.evaluation import Answers
 from rlhf_pipeline.core.files import read_json, write_json
@@ -163,7 +163,7 @@ def test_length_that_explains_the_wins_is_taken_out_of_the_win_rate() -> None:
     ],
 )
 def test_a_policy_or_judge_is_called_after_its_place(ref: str, name: str) -> None:
-    assert evaluate.default_name(ref) == name
+    assert names.default_name(ref) == name
 
 
 def config_for(**values: Any) -> evaluate.Config:
@@ -196,8 +196,8 @@ def test_greedy_responses_can_be_judged_without_a_kl() -> None:
 def test_a_run_folder_stands_for_its_last_policy(tmp_path: Path) -> None:
     for k in (1, 2, 10):
         (tmp_path / f"iteration_{k}" / "policy").mkdir(parents=True)
-    assert evaluate.resolve_policy(str(tmp_path)) == str(tmp_path / "iteration_10" / "policy")
-    assert evaluate.resolve_policy("OWNER/NAME") == "OWNER/NAME"
+    assert names.last_policy(str(tmp_path)) == str(tmp_path / "iteration_10" / "policy")
+    assert names.last_policy("OWNER/NAME") == "OWNER/NAME"
 
 
 # Against real policies, without processes: the responses and rewards are there, as after a kill
@@ -398,7 +398,18 @@ def test_the_stages_understand_the_commands_that_are_run(setting: Any) -> None:
     ranked = parse(rank.Config, command[command.index("rlhf_pipeline.rank") + 1 :])
     assert ranked.reward_model == ("./judge.py:score",) and ranked.num_responses == 2
     assert (ranked.input_repo, ranked.output_repo) == ("out/later/responses", "out/later/size")
-    assert ranked.batch_tokens == 512
+    assert ranked.batch_tokens == 512 and ranked.judge_model is None
+
+
+def test_an_endpoint_judges_with_the_model_that_was_named(setting: Any) -> None:
+    config = dataclasses.replace(setting("start"), reward_models=("gpt=http://localhost:1/v1",))
+    with pytest.raises(BadUse, match="name the model that is to judge with --judge_model"):
+        evaluate.make_plan(config)
+    config = dataclasses.replace(config, judge_model="big")
+    command = evaluate.rank_command(config, evaluate.make_plan(config), "start", "gpt")
+    ranked = parse(rank.Config, command[command.index("rlhf_pipeline.rank") + 1 :])
+    assert ranked.reward_model == ("http://localhost:1/v1",) and ranked.judge_model == "big"
+    assert ranked.output_repo == "out/start/gpt"
 
 
 # The whole

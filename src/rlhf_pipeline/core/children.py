@@ -29,7 +29,7 @@ from rlhf_pipeline.core.command import die_with_parent
 
 POLL = 0.5
 """Seconds between looks at a child that says nothing."""
-HEARTBEAT = 15.0
+HEARTBEAT = 5.0
 """Seconds between calls of `on_beat`."""
 _CONTROL = re.compile(rb"\x1b\[[0-9;?]*[ -/]*[@-~]")
 

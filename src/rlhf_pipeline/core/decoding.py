@@ -8,7 +8,6 @@ code path on CPU and round differently. (In 16 bits and on GPUs rounding may sti
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -100,13 +99,8 @@ class _Batch:
 
 
 def _uniforms(row: Row, count: int) -> torch.Tensor:
-    """(count,) numbers in [0, 1) that belong to a seed and a prompt.
-
-    The prompt takes part because generate gives response i of every prompt the same seed: with that alone,
-    the first tokens of all prompts would be drawn at the same quantile.
-    """
-    digest = hashlib.sha256(repr((row.seed, row.prompt_ids)).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+    """(count,) numbers in [0, 1) that belong to a row."""
+    generator = torch.Generator().manual_seed(row.seed)
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
 

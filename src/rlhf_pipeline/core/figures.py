@@ -119,6 +119,11 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
         )
 
 
+def reach(mean: Floats, low: Floats, high: Floats) -> Floats:
+    """(2, n): how far bars go below and above; a percentile interval need not hold its estimate."""
+    return np.maximum(np.stack([mean - low, high - mean]), 0)
+
+
 def whole_numbers(axes: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
@@ -161,7 +166,7 @@ def gains_by_name(rows: Sequence[Row], models: Sequence[str], unit: Mapping[str,
             axes.errorbar(
                 mean,
                 ys,
-                xerr=[mean - low, high - mean],
+                xerr=reach(mean, low, high),
                 fmt=marker_of(models, name),
                 color=color_of(models, name),
                 elinewidth=2,
@@ -193,14 +198,14 @@ def frontier(rows: Sequence[Row], models: Sequence[str], unit: Mapping[str, floa
                 kl,
                 mean,
                 xerr=[1.96 * row["kl_standard_error"] for row in rows],
-                yerr=[mean - low, high - mean],
+                yerr=reach(mean, low, high),
                 color=color,
                 marker=marker_of(models, name),
                 linestyle="-" if sequence else "none",
                 elinewidth=1,
             )
             if sequence:
-                ends.append((kl[-1], mean[-1], name, color))
+                ends.append((kl[-1] + 1.96 * rows[-1]["kl_standard_error"], mean[-1], name, color))
             for row, x, y in zip(rows[1:], kl[1:], mean[1:], strict=True):
                 text = str(row["iteration"]) if sequence else row["name"]
                 if sequence and row is rows[-1]:
@@ -247,7 +252,7 @@ def win_rates(rows: Sequence[Row], models: Sequence[str]) -> str:
                 axes.errorbar(
                     mean,
                     ys,
-                    xerr=[np.maximum(mean - low, 0), np.maximum(high - mean, 0)],
+                    xerr=reach(mean, low, high),
                     fmt=marker,
                     color=color,
                     markerfacecolor=color if filled else "white",
@@ -295,7 +300,7 @@ def categories(rows: Sequence[tuple[str, Mapping[str, Mapping[str, float]]]], mo
             axes.errorbar(
                 mean,
                 ys,
-                xerr=[mean - low, high - mean],
+                xerr=reach(mean, low, high),
                 fmt=marker_of(models, name),
                 color=color_of(models, name),
                 elinewidth=1.6,
@@ -419,9 +424,7 @@ def best_of_runs(rows: Sequence[tuple[str, Mapping[str, float]]], model: str) ->
 
     def paint(axes: Axes) -> None:
         mean, low, high = (np.array([item[key] for _, item in rows]) for key in ("mean", "low", "high"))
-        axes.errorbar(
-            mean, np.arange(len(rows)), xerr=[mean - low, high - mean], fmt="s", color=COLORS[1], elinewidth=2
-        )
+        axes.errorbar(mean, np.arange(len(rows)), xerr=reach(mean, low, high), fmt="s", color=COLORS[1], elinewidth=2)
         axes.axvline(0, color=QUIET, linewidth=1)
         axes.set_yticks(range(len(rows)), [name for name, _ in rows])
         axes.invert_yaxis()

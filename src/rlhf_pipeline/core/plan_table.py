@@ -122,11 +122,13 @@ def weights_size(model: str) -> int | None:
 def disk(looks: Sequence[Look], folder: str, model: str) -> str:
     """What is still to be written, at most, and what there is room for."""
     weights = weights_size(model)
-    sizes = [size_of(look, weights) for look in looks if not look.finished]
+    left = [look for look in looks if not look.finished]
+    sizes = [size_of(look, weights) for look in left]
     free = shutil.disk_usage(existing_parent(Path(folder))).free
-    unknown = " and what is not known yet" if None in sizes else ""
+    unknown = weights is None and any(look.stage.command == "train" for look in left)
     total = sum(size for size in sizes if size is not None)
-    return f"disk       at most {count(total, 'B')} still to be written{unknown}; {count(free, 'B')} free"
+    more = " and the policies, whose size is not known yet" if unknown else ""
+    return f"disk       at most {count(total, 'B')} still to be written{more}; {count(free, 'B')} free"
 
 
 # Commands

@@ -7,6 +7,7 @@ for the rest alone.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -51,6 +52,16 @@ class Request:
     key: int
     prompt_ids: tuple[int, ...]
     seed: int
+
+    @property
+    def engine_seed(self) -> int:
+        """31 bits that belong to the seed and the prompt, which is what an engine is given.
+
+        generate gives response i of every prompt the same seed. An engine that got that alone would draw the same
+        noise for all prompts: their first tokens would agree, and means over prompts would not settle.
+        """
+        digest = hashlib.sha256(repr((self.seed, self.prompt_ids)).encode()).digest()
+        return int.from_bytes(digest[:4], "big") >> 1
 
 
 @dataclass(frozen=True)
@@ -189,7 +200,7 @@ class VllmSampler:
         added = 0
         for request in islice(left, max(wanted, 0)):
             own = params.clone()
-            own.seed = request.seed
+            own.seed = request.engine_seed
             prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids))
             engine.add_request(str(request.key), prompt, own)
             added += 1
@@ -365,7 +376,7 @@ class TransformersSampler:
             Row(
                 request.key,
                 request.prompt_ids,
-                request.seed,
+                request.engine_seed,
                 max_tokens=min(settings.max_tokens, self.max_model_len - len(request.prompt_ids)),
             )
             for request in requests

@@ -94,7 +94,7 @@ def reasons_after(rules: Rules, rows: Sequence[Row], judge: str) -> Iterator[str
             yield f"{row[name]:.1%} of {what} (--stop.{name} {limit:g})"
 
 
-def best(rows: Sequence[Row], judge: str, stop: Stop | None) -> Row:
-    """The policy with the highest mean reward of those before a rule fired; of equal ones the first."""
-    kept = rows if stop is None else rows[: stop.iteration]
-    return max(kept, key=lambda row: row[judge]["mean"])
+def best(rows: Sequence[Row], judge: str, stop: Stop | None) -> int:
+    """The iteration (0: the start) of the highest mean reward among those before a rule fired; of equals the first."""
+    kept = range(len(rows) if stop is None else stop.iteration)
+    return max(kept, key=lambda t: rows[t][judge]["mean"])
