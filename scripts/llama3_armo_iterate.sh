@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Three iterations of the tutorial's run, unattended: scripts/llama3_armo.sh again and again, each from the policy before.
+# Three iterations of the tutorial's run, unattended: what scripts/llama3_armo.sh does, each from the policy before.
 #
 #     scripts/llama3_armo_iterate.sh                                    data in runs/llama3_armo
 #     OWNER=your-hub-account scripts/llama3_armo_iterate.sh             data and policies on the Hub, private
 #     scripts/llama3_armo_iterate.sh --check                            the plan, and whether every stage could run
 #     scripts/llama3_armo_iterate.sh --iterations 1 --train.lr 1e-6     any flag of iterate, any flag of a stage
 #
-# Run it again after any interruption: it goes on where it stood. VLLM_PYTHON and TRAIN_PYTHON choose the environments of
-# envs/vllm_env.yml and envs/rebel_env.yml where there are two.
+# Run it again after any interruption: it goes on where it stood. VLLM_PYTHON and TRAIN_PYTHON choose the environments
+# of envs/vllm_env.yml and envs/rebel_env.yml where there are two.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -11,6 +11,7 @@ PYTHON=${PYTHON:-python}
 SIZE=${SIZE:-demo}
 RUN=${RUN:-runs/tiny}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # so small a model gains little from two, and loses much on a busy machine
+command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu # else DeepSpeed's launcher and ranks each warn of it
 BACKEND=${BACKEND:-$(scripts/backend.sh "$PYTHON")}
 case $SIZE in
     demo) recipe=tiny check=() ;;

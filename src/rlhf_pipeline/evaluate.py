@@ -192,9 +192,7 @@ def make_plan(config: Config) -> Plan:
         name: models.resolve_model(last_policy(ref), flag="--policies", chat_template=own_template)
         for name, ref in policies_of(config).items()
     }
-    judges = {
-        name: scoring.resolve_reward_model(ref, flag="--reward_models") for name, ref in judges_of(config).items()
-    }
+    judges = {name: resolve_judge(config, ref) for name, ref in judges_of(config).items()}
     source = storage.open_source(config.prompts, flag="--prompts", split=config.split)
     schema.require(source, (schema.PROMPT,), written_by="tiny", remedy="name a dataset with that column")
     what = {name: value for name, value in what_fields(config).items() if name not in PLACES}

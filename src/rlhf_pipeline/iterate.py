@@ -11,6 +11,7 @@ which every value can be set on the command line as --STAGE.FLAG. Killed at any 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import signal
@@ -185,7 +186,7 @@ def make_plan(config: Config, told: Recipe, folder: str) -> tuple[Recipe, Run]:
     return told, dataclasses.replace(run, shards=config.iterations, num_prompts=rows[stages.place(run.prompts)])
 
 
-def look(config: Config, told: Recipe, run: Run) -> list[Look]:
+def take_stock(config: Config, told: Recipe, run: Run) -> list[Look]:
     """Every stage that this start is about, checked. Raises BadUse for the first that can't run as it is told to."""
     every = stages.plan(told, run)
     part = stages.part(every, config.from_stage, config.to_stage)
@@ -193,28 +194,26 @@ def look(config: Config, told: Recipe, run: Run) -> list[Look]:
         return list(survey(every, part, checker, overwrite=config.run.overwrite))
 
 
-def until_stop(config: Config, looks: list[Look]) -> tuple[list[Look], Stop | None]:
+def until_stop(config: Config, looks: list[Look]) -> list[Look]:
     """The stages up to the first evaluation after which a rule fires, and the report; all of them if none does."""
     for position, look in enumerate(looks):
-        stop = stop_after(config, look.stage) if look.finished and look.stage.iteration else None
-        if stop is not None:
+        evaluated = look.stage.command == "evaluate" and look.stage.iteration and look.finished
+        if evaluated and stop_of(config, look.stage) is not None:
             reports = [other.stage for other in looks[position:] if other.stage.command == "report"]
-            return [*looks[: position + 1], *(Look(stage, state_on_disk(stage)) for stage in reports)], stop
-    return looks, None
+            return [*looks[: position + 1], *(Look(stage, state_on_disk(stage)) for stage in reports)]
+    return looks
 
 
-def stop_after(config: Config, stage: Stage) -> Stop | None:
-    """Whether a rule fires on what `stage` measured, if it is an evaluation."""
-    if stage.command != "evaluate" or not config.stop.are_set:
-        return None
-    rows, judge = measured(config, stage)
+def stop_of(config: Config, evaluation: Stage) -> Stop | None:
+    """The first rule that fires on what a finished evaluation measured."""
+    rows, judge = measured(config, evaluation)
     return stopping.first_stop(config.stop, rows, judge)
 
 
-def measured(config: Config, stage: Stage) -> tuple[list[dict[str, Any]], str]:
+def measured(config: Config, evaluation: Stage) -> tuple[list[dict[str, Any]], str]:
     """(the policies' numbers in order, the reward model that judges) of a finished evaluation."""
-    summary = verdict.summarize(read_json(Path(stage.output, RESULTS)))
-    rows = summary["policies"][: len(stages.as_list(stage.flags["policies"]))]
+    summary = verdict.summarize(read_json(Path(evaluation.output, RESULTS)))
+    rows = summary["policies"][: len(stages.as_list(evaluation.flags["policies"]))]
     return rows, stopping.judge_of(config.stop, summary["reward_models"])
 
 
@@ -237,7 +236,7 @@ def print_jobs(config: Config, told: Recipe, run: Run) -> None:
             "--slurm submits all jobs before any has run, so nobody would look at --stop rules or remove data: drop "
             "those flags, or submit iterate itself with scripts/slurm/iterate.sbatch."
         )
-    looks = look(config, told, run)
+    looks = take_stock(config, told, run)
     left = [look.stage for look in looks if not look.finished]
     for line in slurm.script(left, run.folder, *(["--overwrite"] if config.run.overwrite else [])):
         say(line)
@@ -258,9 +257,9 @@ def note_recipe(config: Config, told: Recipe, folder: str) -> None:
     write_atomic(path, recipes.to_yaml(data))
 
 
-def work(config: Config, run: Run, looks: list[Look]) -> tuple[list[Look], Stop | None]:
-    """Run what is left, in order, until all is done or a rule fires. Returns the stages that are done, and the rule."""
-    started, position, stop = time.monotonic(), 0, None
+def work(config: Config, run: Run, looks: list[Look]) -> list[Look]:
+    """Run what is left, in order, until all is done or a rule fires. Returns the stages that are done."""
+    started, position = time.monotonic(), 0
     while position < len(looks):
         look = looks[position]
         if not look.finished:
@@ -269,9 +268,9 @@ def work(config: Config, run: Run, looks: list[Look]) -> tuple[list[Look], Stop 
             looks[position] = dataclasses.replace(look, state="done")
         if config.remove_intermediate and look.stage.command == "train" and look.stage.iteration:
             remove_data(run, look.stage.iteration)
-        looks, stop = until_stop(config, looks)
+        looks = until_stop(config, looks)
         position += 1
-    return looks, stop
+    return looks
 
 
 def run_stage(config: Config, stage: Stage, folder: str) -> None:
@@ -319,41 +318,37 @@ def remove_data(run: Run, t: int) -> None:
         shutil.rmtree(folder / f".{DATA}", ignore_errors=True)
 
 
-def conclude(config: Config, run: Run, looks: Sequence[Look], stop: Stop | None) -> None:
+def conclude(config: Config, run: Run, looks: Sequence[Look]) -> None:
     """Say, and keep in the run's folder, which rule fired; say which policy is best and where the report is."""
-    path = Path(run.folder, STOP)
-    path.unlink(missing_ok=True)
     evaluations = [look.stage for look in looks if look.stage.command == "evaluate"]
     if evaluations:
-        rows, judge = measured(config, evaluations[-1])
+        (rows, judge), stop = measured(config, evaluations[-1]), stop_of(config, evaluations[-1])
         t = stopping.best(rows, judge, stop)
+        Path(run.folder, STOP).unlink(missing_ok=True)
         if stop is not None:
-            reasons = "; ".join(stop.reasons)
-            say(f"stopped    after iteration {stop.iteration} of {config.iterations}: {reasons}")
-            write_json(path, {"iteration": stop.iteration, "reasons": stop.reasons, "best": rows[t]["name"]})
+            say(f"stopped    after iteration {stop.iteration} of {config.iterations}: {'; '.join(stop.reasons)}")
+            stopped = {"iteration": stop.iteration, "reasons": stop.reasons, "best": rows[t]["name"]}
+            write_json(Path(run.folder, STOP), stopped)
         say(f"best       {rows[t]['name']} by {judge} with {rows[t][judge]['mean']:.3g}: {stages.policy_of(run, t)}")
     report = Path(run.folder, stages.REPORT)
     say(f"done: {report if report.exists() else run.folder}")
 
 
 def main(config: Config) -> Path:
-    folder, told = choose_folder(config), read_recipe(config)
+    text, told = choose_folder(config), read_recipe(config)
     check_values(config, told)
-    filled, run = make_plan(config, told, folder)
+    filled, run = make_plan(config, told, text)
+    folder = Path(text)
     if config.slurm:
         print_jobs(config, filled, run)
-        return Path(folder)
-    if config.run.check:
-        looks, _ = until_stop(config, look(config, filled, run))
+        return folder
+    with contextlib.nullcontext() if config.run.check else storage.run_lock(folder):
+        looks = until_stop(config, take_stock(config, filled, run))
         print_plan(looks, run)
-        return Path(folder)
-    with storage.run_lock(Path(folder)):
-        note_recipe(config, told, folder)
-        looks, _ = until_stop(config, look(config, filled, run))
-        print_plan(looks, run)
-        looks, stop = work(config, run, looks)
-        conclude(config, run, looks, stop)
-    return Path(folder)
+        if not config.run.check:
+            note_recipe(config, told, text)
+            conclude(config, run, work(config, run, looks))
+    return folder
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ def test_numbers_are_said_in_three_digits() -> None:
 def test_a_printed_command_is_the_command() -> None:
     """Folded at flags, so that a flag stays with its values, and quoted where a shell needs it."""
     words = ["py", "-m", "x", "--a", "b c", *(word for i in range(30) for word in (f"--flag_{i}", "1", "2"))]
-    text = plan_table.pasted(words)
-    assert shlex.split(text.replace("\\\n", " ")) == words
-    assert all(len(line) <= 120 for line in text.splitlines())
-    assert all(line.lstrip().startswith("--") for line in text.splitlines()[1:])
+    for width in range(40, 120, 7):
+        text = plan_table.pasted(words, width)
+        assert shlex.split(text.replace("\\\n", " ")) == words
+        assert all(len(line) <= width + len(" \\") for line in text.splitlines())
+        assert all(line.lstrip().startswith("--") for line in text.splitlines()[1:])
 
 
 def test_what_has_not_run_takes_as_long_as_the_last_of_its_kind(tmp_path: Path) -> None:

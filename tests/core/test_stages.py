@@ -76,6 +76,14 @@ def test_a_launched_stage_is_an_accelerate_launch_at_any_free_port() -> None:
     )
 
 
+def test_a_stages_variables_are_set_in_front_of_its_command() -> None:
+    told = Recipe(stages={"rank": {"env.OMP_NUM_THREADS": 1, "reward_model": "./rm"}, "evaluate": {"env.X": "y z"}})
+    plan = stages.plan(told, dataclasses.replace(RUN, iterations=1))
+    assert line(named(plan, "iteration_1/rank")).startswith("env OMP_NUM_THREADS=1 python -m rlhf_pipeline.rank --in")
+    assert command_line(named(plan, "evaluate"))[:2] == ["env", "X=y z"]
+    assert "env" not in command_line(named(plan, "iteration_1/train"))
+
+
 def test_shards_are_disjoint_and_cover_the_prompts_in_one_order() -> None:
     """10 rows in 3 shards: 10 t // 3 is 0, 3, 6, 10. Within 2..10, 8 t // 3 is 0, 2, 5, 8, so 2, 4, 7, 10."""
     run = dataclasses.replace(RUN, iterations=3, shards=3, num_prompts=10)

@@ -112,6 +112,7 @@ def test_prompts_set_aside_are_listed_with_their_reasons(finished: Path) -> None
 
 def test_provenance_says_what_made_the_responses(finished: Path, tiny_policy: Path) -> None:
     made = json.loads((finished / "provenance.json").read_text())
+    fingerprint = made["inputs"]["model"]["fingerprint"]
     assert made["sampling"] == {
         "temperature": 0.8,
         "top_p": 0.9,
@@ -120,6 +121,8 @@ def test_provenance_says_what_made_the_responses(finished: Path, tiny_policy: Pa
         "token_logps": True,
         "seed": 0,
         "seed_step": 50,
+        "model": str(tiny_policy),
+        "model_fingerprint": fingerprint,
     }
     assert (made["engine"]["name"], made["engine"]["dtype"]) == ("transformers", "float32")
     assert made["chat"] == Chat.load(tiny_policy).describe()

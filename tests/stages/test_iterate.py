@@ -141,8 +141,8 @@ def submit(lines: list[str], tmp_path: Path) -> list[list[str]]:
 
 
 def test_every_slurm_job_waits_for_those_whose_output_it_needs(tmp_path: Path) -> None:
-    """By hand: rank after generate 101, filter after rank 102 ...; the second train needs its pairs, the first policy
-    and, for its eta, that policy again: jobs 107 and 104."""
+    """By hand: rank after generate 101, filter after rank 102 ...; the second train needs its pairs and the first
+    policy, which is also where its eta comes from: jobs 107 and 104."""
     told = Recipe(stages={"train": {"rebel.target_gap": 3}})
     plan = stages.plan(told, Run(folder="runs/a", model="./start", prompts="./my prompts.jsonl", iterations=2))
     jobs = submit(slurm.script(plan, "runs/a"), tmp_path)
@@ -270,7 +270,7 @@ def test_a_rule_that_fires_ends_the_run_with_the_best_policy_named(small: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(1800)
 def test_the_ci_run_killed_eight_times_ends_with_the_same_summary(tmp_path: Path, command_environment) -> None:
     """vLLM, DeepSpeed ZeRO-3 on two processes, the tiny world: SIGKILL to the command's process group at seeded
     random moments, then the same summary.json as of an uninterrupted run, byte for byte."""

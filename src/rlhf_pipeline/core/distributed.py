@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -64,6 +65,8 @@ def make_accelerator(*, max_grad_norm: float | None) -> Accelerator:
     precision = None if "ACCELERATE_MIXED_PRECISION" in os.environ else ("bf16" if on_gpu else "no")
     accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[group], step_scheduler_with_optimizer=False)
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # warns of tied weights at every checkpoint
+    # torch tells DeepSpeed's authors of renamed collectives, once per call site and rank
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     _check_launch(accelerator)
     if is_deepspeed(accelerator):
         _configure_deepspeed(accelerator, max_grad_norm)

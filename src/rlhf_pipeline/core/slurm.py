@@ -40,8 +40,7 @@ def script(stages: Sequence[Stage], folder: str, *more: str) -> list[str]:
 
 def needed(stage: Stage, jobs: dict[str, str]) -> list[str]:
     """The variables that hold the ids of the jobs whose output a stage reads."""
-    reads = [*stage.inputs, *([stage.eta_from] if stage.eta_from else [])]
-    return list(dict.fromkeys(jobs[place(ref)] for ref in reads if place(ref) in jobs))
+    return list(dict.fromkeys(jobs[place(ref)] for ref in stage.inputs if place(ref) in jobs))
 
 
 def submission(stage: Stage, folder: str, after: Iterable[str], *more: str) -> str:

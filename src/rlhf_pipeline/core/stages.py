@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePath
+from typing import Any
 
 from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.recipes import STAGES, Flags, Recipe, Value, words_of
@@ -78,6 +79,7 @@ WORLD = {
     "ci": {"prompts": 236, "prompts_heldout": 116, "demonstrations": 2400, "start": 0},
 }
 """{size: {folder: rows}} of what `tiny` writes."""
+LAUNCH, ENVIRONMENT = "launch.", "env."
 EVALUATION, REPORT = "evaluation", "report.html"
 
 
@@ -116,6 +118,8 @@ class Stage:
     iteration: int | None = None
     launch: Flags = field(default_factory=dict)
     """accelerate launch's flags; empty: one plain process."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables that are set for it beside ours."""
     arguments: tuple[str, ...] = ()
     """What is not a flag."""
     inputs: tuple[str, ...] = ()
@@ -174,10 +178,17 @@ def canonical(command: str, flags: Flags) -> Flags:
     return {ALIASES.get(command, {}).get(name, name): value for name, value in flags.items()}
 
 
-def without_launch(flags: Flags) -> tuple[Flags, Flags]:
-    """(the stage's own flags, accelerate launch's)"""
-    launch = {name.removeprefix("launch."): value for name, value in flags.items() if name.startswith("launch.")}
-    return {name: value for name, value in flags.items() if not name.startswith("launch.")}, launch
+def split(flags: Flags) -> tuple[Flags, dict[str, Any]]:
+    """(the stage's own flags, {"launch": accelerate launch's, "environment": variables}) of what a recipe says."""
+    own, launch, environment = {}, {}, {}
+    for name, value in flags.items():
+        if name.startswith(LAUNCH):
+            launch[name.removeprefix(LAUNCH)] = value
+        elif name.startswith(ENVIRONMENT):
+            environment[name.removeprefix(ENVIRONMENT)] = str(value)
+        else:
+            own[name] = value
+    return own, {"launch": launch, "environment": environment}
 
 
 def before(recipe: Recipe, run: Run) -> Iterator[Stage]:
@@ -186,12 +197,12 @@ def before(recipe: Recipe, run: Run) -> Iterator[Stage]:
     for command, given in recipe.before:
         seen[command] += 1
         name = f"before/{command}" + (f"_{seen[command]}" if seen[command] > 1 else "")
-        flags, launch = without_launch(canonical(command, given))
+        flags, start = split(canonical(command, given))
         output = flags.get(OUTPUT_FLAG[command])
         if not isinstance(output, str):
             raise BadUse(f"{name} has no {OUTPUT_FLAG[command]}, and what follows must know where it writes.")
         python = run.vllm_python if command == "generate" else run.train_python
-        yield Stage(name, command, python, flags, output, launch=launch, inputs=inputs_of(command, flags))
+        yield Stage(name, command, python, flags, output, inputs=inputs_of(command, flags), **start)
 
 
 def inputs_of(command: str, flags: Flags) -> tuple[str, ...]:
@@ -218,12 +229,12 @@ def data_of(run: Run, t: int, kind: str) -> str:
 
 def stage_of(command: str, recipe: Recipe, run: Run, t: int, decided: Flags) -> Stage:
     """A stage of iteration t, told what is `decided`, then what the recipe says, with seeds of its own."""
-    given, launch = without_launch(canonical(command, recipe.flags(command, t)))
+    given, start = split(canonical(command, recipe.flags(command, t)))
     flags = {**decided, **given, **moved_seeds(command, recipe, t)}
     python = run.vllm_python if command == "generate" else run.train_python
     output = str(flags[OUTPUT_FLAG[command]])
     name, inputs = f"iteration_{t}/{command}", inputs_of(command, flags)
-    return Stage(name, command, python, flags, output, iteration=t, launch=launch, inputs=inputs)
+    return Stage(name, command, python, flags, output, iteration=t, inputs=inputs, **start)
 
 
 def moved_seeds(command: str, recipe: Recipe, t: int) -> Flags:
@@ -304,7 +315,7 @@ def evaluate(recipe: Recipe, run: Run, t: int) -> Stage:
     """All policies up to iteration t, in the run's one evaluation, which grows."""
     sampled = canonical("generate", recipe.flags("generate"))
     policies = [start_name(run.model), *(f"iteration_{i}={policy_of(run, i)}" for i in range(1, t + 1))]
-    given = recipe.flags("evaluate")
+    given, start = split(recipe.flags("evaluate"))
     flags: Flags = {
         "policies": [*policies],
         "output": f"{run.folder}/{EVALUATION}",
@@ -314,7 +325,8 @@ def evaluate(recipe: Recipe, run: Run, t: int) -> Stage:
     }
     judges = [str(item).partition("=")[2] or str(item) for item in as_list(given.get("reward_models"))]
     inputs = (*inputs_of("evaluate", flags), *(policy_of(run, i) for i in range(t + 1)), *judges)
-    return Stage("evaluate", "evaluate", run.train_python, flags, f"{run.folder}/{EVALUATION}", inputs=inputs)
+    output = f"{run.folder}/{EVALUATION}"
+    return Stage("evaluate", "evaluate", run.train_python, flags, output, inputs=inputs, **start)
 
 
 def start_name(model: str) -> str:
@@ -323,9 +335,9 @@ def start_name(model: str) -> str:
 
 
 def report(recipe: Recipe, run: Run) -> Stage:
-    flags, output = recipe.flags("report"), f"{run.folder}/{REPORT}"
-    evaluation = (f"{run.folder}/{EVALUATION}",)
-    return Stage("report", "report", run.train_python, flags, output, arguments=(run.folder,), inputs=evaluation)
+    (flags, start), output = split(recipe.flags("report")), f"{run.folder}/{REPORT}"
+    inputs = (f"{run.folder}/{EVALUATION}",)
+    return Stage("report", "report", run.train_python, flags, output, arguments=(run.folder,), inputs=inputs, **start)
 
 
 # What follows from a plan
@@ -333,12 +345,14 @@ def report(recipe: Recipe, run: Run) -> Stage:
 
 def command_line(stage: Stage, *more: str) -> list[str]:
     """The words of a stage's command; `more` comes last."""
+    variables = [f"{name}={value}" for name, value in stage.environment.items()]
     launcher = []
     if stage.launch:
         launch = {"main_process_port": 0, **stage.launch}  # 0: any free one
         launcher = ["-m", "accelerate.commands.launch", *words_of(launch)]
     module = ["-m", f"rlhf_pipeline.{stage.command}"]
-    return [stage.python, *launcher, *module, *stage.arguments, *words_of(stage.flags), *more]
+    start = [*(["env", *variables] if variables else []), stage.python, *launcher, *module, *stage.arguments]
+    return [*start, *words_of(stage.flags), *more]
 
 
 def with_eta(stage: Stage, eta: float) -> Stage:

@@ -136,7 +136,7 @@ def check(stage: Stage, pending: Mapping[str, int], checker: Checker, *more: str
         preflight.check_gpus(processes, memory_share=0.0, flag=f"{stage.name}: launch.num_processes")
     waits = [f"{ref}={pending[place(ref)]}" for ref in dict.fromkeys(stage.inputs) if place(ref) in pending]
     words = [*stage.arguments, *words_of(stage.flags), "--check", *more, *(["--pending", *waits] if waits else [])]
-    environment = launch_environment(processes)
+    environment = {**stage.environment, **launch_environment(processes)}
     return checker.check(stage.python, stage.command, words, environment=environment, packages=packages)
 
 
