@@ -63,14 +63,15 @@ def test_prompts_are_paired_by_id_and_those_not_answered_by_all_are_left_out() -
 
 def test_a_win_rate_compares_all_responses_of_a_prompt() -> None:
     """Prompt 0: {3, 1} against {2, 0} wins 3 of 4. Prompt 1: {5, 5} against {5, 9}: two ties, two losses, 1/4.
+    Prompt 2: all equal, 1/2.
 
     The mean is 1/2. One prompt is won and one lost, so the sign test says nothing: p = 1.
     """
-    a = answers("a", {"r": [[2, 0], [5, 9]]})
-    b = answers("b", {"r": [[3, 1], [5, 5]]})
+    a = answers("a", {"r": [[2, 0], [5, 9], [1, 1]]})
+    b = answers("b", {"r": [[3, 1], [5, 5], [1, 1]]})
     versus = evaluation.compare([a, b])["policies"][1]["against"]["a"]["r"]
     assert versus["win_rate"]["mean"] == 0.5
-    assert versus["sign_test"] == {"wins": 1, "losses": 1, "ties": 0, "p": 1.0}
+    assert versus["sign_test"] == {"wins": 1, "losses": 1, "ties": 1, "p": 1.0}
 
 
 def test_every_policy_is_compared_with_every_earlier_one() -> None:
