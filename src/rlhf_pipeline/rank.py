@@ -33,7 +33,7 @@ from rlhf_pipeline.core.command import (
 )
 from rlhf_pipeline.core.files import locked
 from rlhf_pipeline.core.network_scorers import Dtype, HeadDtype, ScoringOptions, resolve_dtype
-from rlhf_pipeline.core.progress import bar, duration, say
+from rlhf_pipeline.core.progress import bar, duration, is_main, say
 from rlhf_pipeline.core.reward_columns import COLUMNS, reward_columns, with_prompt_ids, with_rewards
 from rlhf_pipeline.core.scoring import Combine, Scorer
 
@@ -410,7 +410,8 @@ def main(config: Config) -> Path:
     worker, workers = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     with storage.open_output(folder, plan.identity, overwrite=config.run.overwrite, worker=worker) as output:
         if output.done:
-            say(f"done before: {folder}")
+            if is_main():
+                say(f"done before: {storage.deliver(plan.output)}")  # again: that push may be what was killed
             return folder
         rank_blocks(plan, config, output, worker, workers)
         where = publish_if_whole(plan, config, output)

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 import tyro
 
-from rlhf_pipeline.core import checkpoints, losses, models, provenance, storage
+from rlhf_pipeline.core import checkpoints, hub, losses, models, provenance, storage
 from rlhf_pipeline.core.batches import MicroBatch, order_of_rows, plan_calls
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import (
@@ -157,6 +157,7 @@ class Config:
     run: RUN = RunFlags()
 
 
+NOT_PUSHED = ("reference/*", "checkpoints/*", "tensorboard/*", "wandb/*", "metrics.jsonl", "fingerprint.json")
 LOSSES = ("rebel", "dpo", "ipo", "simpo", "kto", "orpo", "sppo")
 
 
@@ -464,7 +465,12 @@ def main(config: Config) -> Path:
     folder = Path(config.output_dir)
     state = storage.run_state(folder, plan.identity, overwrite=config.run.overwrite)
     say(f"output     {folder}: {state}")
-    if config.run.check or state == "done":
+    if config.run.check:
+        return folder
+    if config.push_to is not None and is_main():
+        hub.create_repo(config.push_to, "model", private=not config.public, flag="--push_to")
+    if state == "done":
+        push(config)
         return folder
     with storage.run_lock(folder) if is_main() else contextlib.nullcontext():
         started = time.monotonic()
@@ -476,8 +482,15 @@ def main(config: Config) -> Path:
         train_policy(engine, plan, config, loss, splits)
         save(engine, plan, config, loss)
         say(f"done in {duration(time.monotonic() - started)}: {folder}")
-        clean_exit(engine.accelerator)
+        clean_exit(engine.accelerator, lambda: push(config))
     return folder
+
+
+def push(config: Config) -> None:
+    """Upload the finished policy, without what only this machine needs, if --push_to asks for it."""
+    if config.push_to is not None and is_main():
+        commit = hub.push(Path(config.output_dir), config.push_to, "model", ignore=NOT_PUSHED)
+        say(f"pushed     hf://{config.push_to}@{commit}")
 
 
 def load(accelerator: Accelerator, plan: Plan, config: Config) -> Engine:

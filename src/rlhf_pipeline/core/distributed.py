@@ -7,10 +7,10 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -214,15 +214,16 @@ def main_process_first(accelerator: Accelerator, work: Callable[[], object]) -> 
         raise SystemExit(1)
 
 
-def clean_exit(accelerator: Accelerator, streams: Iterable[Any] = (sys.stdout, sys.stderr)) -> None:
-    """End the process group; with gloo also the process, whose threads may otherwise abort it after all is done."""
+def clean_exit(accelerator: Accelerator, then: Callable[[], object] = lambda: None) -> None:
+    """End the process group, and do `then`, which may take long: nobody waits for it any more.
+
+    With gloo the process ends here too: its threads may otherwise abort it after all is done.
+    """
     accelerator.wait_for_everyone()
+    several_on_cpu = accelerator.num_processes > 1 and not torch.cuda.is_available()
     accelerator.end_training()
-    if accelerator.num_processes > 1 and not torch.cuda.is_available():
-        for stream in streams:
-            stream.flush()
-        _leave()
-
-
-def _leave() -> NoReturn:
-    os._exit(0)
+    then()
+    if several_on_cpu:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,6 +40,10 @@ def explained(repo_id: str, kind: Kind, flag: str) -> Iterator[None]:
             f"{flag} {repo_id} is no {kind} that the Hub shows us: check the name, write ./{repo_id} for a local "
             "folder, or run `hf auth login` if it is private."
         ) from None
+    except _transport_error() as error:
+        raise WorkFailed(
+            f"{flag} {repo_id}: the Hub can't be reached ({error}); run the same command again to go on from here."
+        ) from None
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError):
         raise BadUse(
             f"{flag} {repo_id} is not in the local cache and the Hub can't be reached (offline?): "
@@ -51,6 +56,13 @@ def explained(repo_id: str, kind: Kind, flag: str) -> Iterator[None]:
                 f"{flag} {repo_id}: the Hub refused (HTTP {status}); run `hf auth login` with a token that may."
             ) from None
         raise WorkFailed(f"{flag} {repo_id}: the Hub answered HTTP {status}; run the same command again.") from None
+
+
+def _transport_error() -> type[Exception]:
+    """What huggingface_hub raises when a connection fails: its HTTP client changed with its version 2."""
+    name = "httpx2" if importlib.util.find_spec("httpx2") else "httpx"
+    error: type[Exception] = importlib.import_module(name).TransportError
+    return error
 
 
 def look_up(repo_id: str, kind: Kind, revision: str | None, *, flag: str) -> tuple[str, list[str]]:

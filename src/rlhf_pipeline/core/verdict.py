@@ -166,14 +166,12 @@ def _what_happened(summary: Summary, results: Results) -> list[str]:
         return [f"{start['name']} scores {mean} by {judge}.", f"The 95 % interval goes from {low} to {high}."]
     if winner is start:
         rival = max(rows[1:], key=lambda row: row[judge]["mean"])
-        return [
-            f"Nothing beats {start['name']} by {judge}.",
-            f"{_capital(spoken(rival))} comes closest: {change(rival[f'gain_{judge}'])}.",
-        ]
+        closest = f"{_capital(spoken(rival))} comes closest: {change(rival[f'gain_{judge}'])}."
+        return [f"Nothing beats {start['name']} by {judge}.", closest, *_by_proxy(summary, rival)]
     gain, wins = winner[f"gain_{judge}"], winner[f"win_rate_{judge}"]
     if gain["low"] <= 0:
         detail = f"{_capital(spoken(winner))} is best with {change(gain)}, and that interval holds zero."
-        return [f"No clear gain by {judge}.", detail]
+        return [f"No clear gain by {judge}.", detail, *_by_proxy(summary, winner)]
     digits = digits_for([row[judge] for row in rows])
     before, after = number(start[judge]["mean"], digits), number(winner[judge]["mean"], digits)
     title = f"{_capital(_subject(winner))} lifted {judge} from {before} to {after}."
@@ -183,6 +181,12 @@ def _what_happened(summary: Summary, results: Results) -> list[str]:
     )
     begins, later = _after_the_best(summary, results, winner)
     return [f"{title} {begins}".strip(), detail, *later]
+
+
+def _by_proxy(summary: Summary, row: Row) -> list[str]:
+    """What the proxy thinks of a policy that the judge is not convinced by."""
+    proxy = proxy_of(summary)
+    return [] if proxy == judge_of(summary) else [f"By {proxy} it gained {change(row[f'gain_{proxy}'])}."]
 
 
 def _subject(row: Row) -> str:
