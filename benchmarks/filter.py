@@ -128,7 +128,7 @@ def main() -> None:
     from pydoc_data.topics import topics
 
     from rlhf_pipeline.core.provenance import versions
-    from rlhf_pipeline.core.tiny_llama import build_tokenizer
+    from rlhf_pipeline.core.world.tiny_llama import build_tokenizer
 
     corpus = "\n".join(topics.values())
     with tempfile.TemporaryDirectory() as temporary:

@@ -58,7 +58,7 @@ def make_classifier(folder: Path, corpus: str, *, hidden_size: int, layers: int)
     import torch
     from transformers import LlamaForSequenceClassification
 
-    from rlhf_pipeline.core import tiny_llama
+    from rlhf_pipeline.core.world import tiny_llama
 
     tokenizer = tiny_llama.build_tokenizer([corpus], 8192)
     config = tiny_llama.llama_config(

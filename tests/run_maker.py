@@ -14,11 +14,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from rlhf_pipeline.core import evaluation, provenance, schema, storage
-from rlhf_pipeline.core.demonstrations import STYLES
+from rlhf_pipeline.core import provenance, schema, storage
 from rlhf_pipeline.core.files import write_json
-from rlhf_pipeline.core.judges import gold_of, look_at, utility_of
-from rlhf_pipeline.core.world import Prompt, every_prompt
+from rlhf_pipeline.core.reporting import evaluation
+from rlhf_pipeline.core.world.demonstrations import STYLES
+from rlhf_pipeline.core.world.judges import gold_of, look_at, utility_of
+from rlhf_pipeline.core.world.questions import Prompt, every_prompt
 
 SHARES = (
     {name: share for name, (share, _) in STYLES.items()},

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaForSequenceClassification, LlamaModel
 
-from rlhf_pipeline.core import tiny_llama
+from rlhf_pipeline.core.world import tiny_llama
 
 TEXTS = [
     "What is the capital of France?",

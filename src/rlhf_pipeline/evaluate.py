@@ -20,17 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf_pipeline.core import (
-    children,
-    evaluation,
-    plan_table,
-    preflight,
-    provenance,
-    schema,
-    scoring,
-    storage,
-    verdict,
-)
+from rlhf_pipeline.core import children, preflight, provenance, schema, scoring, storage
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import (
     EXIT_BAD_USE,
@@ -46,11 +36,13 @@ from rlhf_pipeline.core.command import (
     fields_with_roles,
     what_fields,
 )
-from rlhf_pipeline.core.evaluation import ENSEMBLE, LOG_PROBS, RESPONSES, RESULTS, Answers
 from rlhf_pipeline.core.files import read_json, write_json
-from rlhf_pipeline.core.names import last_policy, named
+from rlhf_pipeline.core.iteration import plan_table
 from rlhf_pipeline.core.progress import duration, say
-from rlhf_pipeline.core.tables import print_policies
+from rlhf_pipeline.core.reporting import evaluation, verdict
+from rlhf_pipeline.core.reporting.evaluation import ENSEMBLE, LOG_PROBS, RESPONSES, RESULTS, Answers
+from rlhf_pipeline.core.reporting.names import last_policy, named
+from rlhf_pipeline.core.reporting.tables import print_policies
 
 if TYPE_CHECKING:
     from rlhf_pipeline.core.models import ModelRef
@@ -365,7 +357,7 @@ def run_stage(words: Sequence[str], output: Path, name: str) -> None:
 
 def measure_distances(config: Config, plan: Plan) -> None:
     """Every later policy's log-probs and the baseline's of what that policy said, into <output>/<policy>/log_probs."""
-    from rlhf_pipeline.core import distance
+    from rlhf_pipeline.core.reporting import distance
 
     def policy(name: str) -> distance.Policy:
         model = plan.policies[name]

@@ -24,19 +24,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from rlhf_pipeline.core import (
-    children,
-    estimates,
-    plan_table,
-    preflight,
-    recipes,
-    slurm,
-    stages,
-    stopping,
-    storage,
-    verdict,
-)
-from rlhf_pipeline.core.checks import Checker
+from rlhf_pipeline.core import children, preflight, storage
 from rlhf_pipeline.core.command import (
     EXIT_INTERRUPTED,
     EXIT_TERMINATED,
@@ -50,13 +38,16 @@ from rlhf_pipeline.core.command import (
     fields_with_roles,
     parse_known,
 )
-from rlhf_pipeline.core.evaluation import RESULTS
 from rlhf_pipeline.core.files import read_json, write_atomic, write_json
+from rlhf_pipeline.core.iteration import estimates, plan_table, recipes, slurm, stages, stopping
+from rlhf_pipeline.core.iteration.checks import Checker
+from rlhf_pipeline.core.iteration.recipes import Flags, Recipe
+from rlhf_pipeline.core.iteration.stages import Run, Stage
+from rlhf_pipeline.core.iteration.stopping import Rules, Stop
+from rlhf_pipeline.core.iteration.survey import DATA, Look, folder_of, known_rows, resolved, state_on_disk, survey
 from rlhf_pipeline.core.progress import duration, say
-from rlhf_pipeline.core.recipes import Flags, Recipe
-from rlhf_pipeline.core.stages import Run, Stage
-from rlhf_pipeline.core.stopping import Rules, Stop
-from rlhf_pipeline.core.survey import DATA, Look, folder_of, known_rows, resolved, state_on_disk, survey
+from rlhf_pipeline.core.reporting import verdict
+from rlhf_pipeline.core.reporting.evaluation import RESULTS
 
 RECIPE, TIMINGS, STOP, LOGS = "recipe.yaml", "timings.json", "stop.json", "logs"
 THIS_TIME = ("recipe", "from_stage", "to_stage", "slurm", "overrides")

@@ -15,12 +15,13 @@ from typing import Annotated, Any
 
 import tyro
 
-from rlhf_pipeline.core import page, page_runs, preflight, verdict
+from rlhf_pipeline.core import preflight
 from rlhf_pipeline.core.command import RUN, BadUse, How, RunFlags, What, entry
 from rlhf_pipeline.core.files import write_atomic, write_json
 from rlhf_pipeline.core.progress import say
-from rlhf_pipeline.core.run_folder import Run, read_run
-from rlhf_pipeline.core.tables import print_policies
+from rlhf_pipeline.core.reporting import page, page_runs, verdict
+from rlhf_pipeline.core.reporting.run_folder import Run, read_run
+from rlhf_pipeline.core.reporting.tables import print_policies
 
 REPORT = "report.html"
 SUMMARY = "summary.json"

@@ -33,11 +33,11 @@ from rlhf_pipeline.core.command import (
     fields_with_roles,
     what_fields,
 )
-from rlhf_pipeline.core.demonstrations import STYLES, demonstrate
-from rlhf_pipeline.core.judges import annotator, gold, gold_of, look_at, utility_of
 from rlhf_pipeline.core.progress import say
-from rlhf_pipeline.core.tiny_llama import build_tokenizer, write_policy_folder
-from rlhf_pipeline.core.world import KINDS, Prompt, every_prompt
+from rlhf_pipeline.core.world.demonstrations import STYLES, demonstrate
+from rlhf_pipeline.core.world.judges import annotator, gold, gold_of, look_at, utility_of
+from rlhf_pipeline.core.world.questions import KINDS, Prompt, every_prompt
+from rlhf_pipeline.core.world.tiny_llama import build_tokenizer, write_policy_folder
 
 __all__ = ["annotator", "build_tokenizer", "gold", "write_policy_folder"]
 

@@ -25,7 +25,7 @@ def load(folder, dtype=torch.float32):
 @pytest.fixture
 def start(tiny_policy, tmp_path):
     """A copy of the tiny policy that tests may change."""
-    return shutil.copytree(tiny_policy, tmp_path / "start")
+    return shutil.copytree(tiny_policy, tmp_path / "start", ignore=shutil.ignore_patterns("fingerprint.json"))
 
 
 def edit_config(folder, **changes):

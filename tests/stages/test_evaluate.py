@@ -13,10 +13,11 @@ import pyarrow as pa
 import pytest
 
 from rlhf_pipeline import evaluate, generate, rank
-from rlhf_pipeline.core import evaluation, names, storage, verdict
+from rlhf_pipeline.core import storage
 from rlhf_pipeline.core.command import BadUse, WorkFailed, parse
-from rlhf_pipeline.core.evaluation import Answers
 from rlhf_pipeline.core.files import read_json, write_json
+from rlhf_pipeline.core.reporting import evaluation, names, verdict
+from rlhf_pipeline.core.reporting.evaluation import Answers
 
 NAN = float("nan")
 

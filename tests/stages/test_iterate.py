@@ -20,10 +20,10 @@ import yaml
 
 from conftest import REPO
 from rlhf_pipeline import iterate
-from rlhf_pipeline.core import recipes, slurm, stages
 from rlhf_pipeline.core.command import BadUse, parse
-from rlhf_pipeline.core.recipes import Recipe
-from rlhf_pipeline.core.stages import Run
+from rlhf_pipeline.core.iteration import recipes, slurm, stages
+from rlhf_pipeline.core.iteration.recipes import Recipe
+from rlhf_pipeline.core.iteration.stages import Run
 from rlhf_pipeline.iterate import Config
 
 REWARD = """

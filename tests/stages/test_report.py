@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 
 from rlhf_pipeline import report
-from rlhf_pipeline.core import samples, verdict
 from rlhf_pipeline.core.command import BadUse, RunFlags
-from rlhf_pipeline.core.evaluation import Answers
 from rlhf_pipeline.core.files import read_json, write_json
-from rlhf_pipeline.core.page_runs import seed_table
-from rlhf_pipeline.core.run_folder import order_of
+from rlhf_pipeline.core.reporting import samples, verdict
+from rlhf_pipeline.core.reporting.evaluation import Answers
+from rlhf_pipeline.core.reporting.page_runs import seed_table
+from rlhf_pipeline.core.reporting.run_folder import order_of
 from run_maker import make_run
 
 CHECK_DEMO = Path(__file__).resolve().parents[2] / "scripts" / "check_demo.py"

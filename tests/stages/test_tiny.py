@@ -17,8 +17,8 @@ import pytest
 
 from rlhf_pipeline import tiny
 from rlhf_pipeline.core.command import BadUse
-from rlhf_pipeline.core.demonstrations import STYLES
-from rlhf_pipeline.core.judges import (
+from rlhf_pipeline.core.world.demonstrations import STYLES
+from rlhf_pipeline.core.world.judges import (
     CLOSERS,
     FILLERS,
     GUSHES,
@@ -29,7 +29,7 @@ from rlhf_pipeline.core.judges import (
     look_at,
     utility_of,
 )
-from rlhf_pipeline.core.world import KINDS, every_prompt, words
+from rlhf_pipeline.core.world.questions import KINDS, every_prompt, words
 from rlhf_pipeline.tiny import annotator, gold
 
 USER = [{"role": "user", "content": "What is the capital of France?"}]

@@ -7,12 +7,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rlhf_pipeline.core import estimates
 from rlhf_pipeline.core.files import read_json
+from rlhf_pipeline.core.iteration import estimates
+from rlhf_pipeline.core.iteration.stages import Stage
+from rlhf_pipeline.core.iteration.survey import Look, folder_of
 from rlhf_pipeline.core.preflight import existing_parent
 from rlhf_pipeline.core.progress import duration
-from rlhf_pipeline.core.stages import Stage
-from rlhf_pipeline.core.survey import Look, folder_of
 
 HEAD = ("stage", "reads", "writes", "rows", "tokens", "disk", "time", "state")
 NUMBERS = ("rows", "tokens", "disk", "time")

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from rlhf_pipeline.core import estimates, stages
 from rlhf_pipeline.core.command import BadUse
-from rlhf_pipeline.core.recipes import Flags, Recipe
-from rlhf_pipeline.core.stages import Run, Stage, command_line
+from rlhf_pipeline.core.iteration import estimates, stages
+from rlhf_pipeline.core.iteration.recipes import Flags, Recipe
+from rlhf_pipeline.core.iteration.stages import Run, Stage, command_line
 
 RUN = Run(folder="runs/a", model="./start", prompts="./prompts.jsonl", iterations=2)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rlhf_pipeline.core import evaluation, figures, samples
-from rlhf_pipeline.core.evaluation import Answers
-from rlhf_pipeline.core.page_figures import sections_of, shown
 from rlhf_pipeline.core.progress import duration
-from rlhf_pipeline.core.run_folder import Run, Stage
-from rlhf_pipeline.core.verdict import (
+from rlhf_pipeline.core.reporting import evaluation, figures, samples
+from rlhf_pipeline.core.reporting.evaluation import Answers
+from rlhf_pipeline.core.reporting.page_figures import sections_of, shown
+from rlhf_pipeline.core.reporting.run_folder import Run, Stage
+from rlhf_pipeline.core.reporting.verdict import (
     Summary,
     best,
     change,
@@ -31,7 +31,7 @@ def render(template: str, **values: Any) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("rlhf_pipeline.core", "pages"),
+        loader=PackageLoader("rlhf_pipeline.core.reporting", "pages"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

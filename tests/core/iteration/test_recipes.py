@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from rlhf_pipeline.core import recipes
 from rlhf_pipeline.core.command import BadUse
+from rlhf_pipeline.core.iteration import recipes
 
 TEXT = """
 iterate: {output: runs/a, iterations: 2, stop: {kl: 5}}

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from rlhf_pipeline.core import stopping
 from rlhf_pipeline.core.command import BadUse
-from rlhf_pipeline.core.stopping import Rules, first_stop
+from rlhf_pipeline.core.iteration import stopping
+from rlhf_pipeline.core.iteration.stopping import Rules, first_stop
 
 
 def row(name: str, gold: float, **numbers: float | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import PurePath
 from typing import Any
 
 from rlhf_pipeline.core.command import BadUse
-from rlhf_pipeline.core.recipes import STAGES, Flags, Recipe, Value, words_of
+from rlhf_pipeline.core.iteration.recipes import STAGES, Flags, Recipe, Value, words_of
 
 DATA_FLAG = {
     "generate": "prompts",

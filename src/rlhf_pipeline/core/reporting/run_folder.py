@@ -14,9 +14,9 @@ from typing import Any
 
 from rlhf_pipeline.core import storage
 from rlhf_pipeline.core.command import BadUse
-from rlhf_pipeline.core.evaluation import RESPONSES, RESULTS, Answers, read_answers
 from rlhf_pipeline.core.files import read_json
 from rlhf_pipeline.core.progress import read_metrics
+from rlhf_pipeline.core.reporting.evaluation import RESPONSES, RESULTS, Answers, read_answers
 
 EVALUATION = "evaluation"
 TIMINGS = "timings.json"

@@ -6,10 +6,10 @@ import json
 import shlex
 from pathlib import Path
 
-from rlhf_pipeline.core import plan_table, stages
-from rlhf_pipeline.core.recipes import Recipe
-from rlhf_pipeline.core.stages import Run
-from rlhf_pipeline.core.survey import Look
+from rlhf_pipeline.core.iteration import plan_table, stages
+from rlhf_pipeline.core.iteration.recipes import Recipe
+from rlhf_pipeline.core.iteration.stages import Run
+from rlhf_pipeline.core.iteration.survey import Look
 
 
 def test_numbers_are_said_in_three_digits() -> None:

@@ -6,10 +6,20 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_pipeline.core import figures
-from rlhf_pipeline.core.page import notes_of, render, table_of, versions_of
-from rlhf_pipeline.core.run_folder import Run
-from rlhf_pipeline.core.verdict import Row, Summary, best, change, digits_for, judge_of, number, percent, spoken
+from rlhf_pipeline.core.reporting import figures
+from rlhf_pipeline.core.reporting.page import notes_of, render, table_of, versions_of
+from rlhf_pipeline.core.reporting.run_folder import Run
+from rlhf_pipeline.core.reporting.verdict import (
+    Row,
+    Summary,
+    best,
+    change,
+    digits_for,
+    judge_of,
+    number,
+    percent,
+    spoken,
+)
 
 SEED = re.compile(r"[-_.]?(seed|s)[-_.]?\d+$", re.IGNORECASE)
 """The end of a run's name that says which seed it had."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-from rlhf_pipeline.core.judges import CLOSERS, FILLERS, GUSHES, OPENERS, RUDE, UNSURE
-from rlhf_pipeline.core.world import Question
+from rlhf_pipeline.core.world.judges import CLOSERS, FILLERS, GUSHES, OPENERS, RUDE, UNSURE
+from rlhf_pipeline.core.world.questions import Question
 
 
 def polite(rng: Random, question: Question) -> str:

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_pipeline.core import verdict
 from rlhf_pipeline.core.progress import is_main, say
-from rlhf_pipeline.core.verdict import digits_for, number, percent
+from rlhf_pipeline.core.reporting import verdict
+from rlhf_pipeline.core.reporting.verdict import digits_for, number, percent
 
 WIDTH = 140
 """Characters of a table where the console is no terminal."""

@@ -15,9 +15,9 @@ from rlhf_pipeline.core import models, provenance, schema, storage
 from rlhf_pipeline.core.batches import TokenIds, collate, plan_calls
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import BadUse
-from rlhf_pipeline.core.evaluation import LOG_PROBS, RESPONSES, log_prob, open_part, start_log_prob
 from rlhf_pipeline.core.logps import install, response_logps
 from rlhf_pipeline.core.progress import bar, say
+from rlhf_pipeline.core.reporting.evaluation import LOG_PROBS, RESPONSES, log_prob, open_part, start_log_prob
 
 SPLIT = "train"
 

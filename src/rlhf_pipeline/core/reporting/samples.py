@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rlhf_pipeline.core.evaluation import Answers
+from rlhf_pipeline.core.reporting.evaluation import Answers
 
 Floats = npt.NDArray[np.float64]
 

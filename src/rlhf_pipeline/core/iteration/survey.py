@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_pipeline.core import estimates, preflight, storage
-from rlhf_pipeline.core.checks import Checked, Checker
+from rlhf_pipeline.core import preflight, storage
 from rlhf_pipeline.core.command import BadUse
-from rlhf_pipeline.core.evaluation import RESULTS
 from rlhf_pipeline.core.files import read_json
-from rlhf_pipeline.core.recipes import words_of
-from rlhf_pipeline.core.stages import (
+from rlhf_pipeline.core.iteration import estimates
+from rlhf_pipeline.core.iteration.checks import Checked, Checker
+from rlhf_pipeline.core.iteration.recipes import words_of
+from rlhf_pipeline.core.iteration.stages import (
     DATA_FLAG,
     Stage,
     as_list,
@@ -22,6 +22,7 @@ from rlhf_pipeline.core.stages import (
     whole,
     with_eta,
 )
+from rlhf_pipeline.core.reporting.evaluation import RESULTS
 
 State = Literal["done", "data removed", "changed", "partial", "to be looked at", "to do"]
 """changed: done or begun with other settings, and to be done again. to be looked at: there, but what it was made from

@@ -6,8 +6,8 @@ import re
 import shlex
 from collections.abc import Iterable, Sequence
 
-from rlhf_pipeline.core import plan_table
-from rlhf_pipeline.core.stages import Stage, command_line, place
+from rlhf_pipeline.core.iteration import plan_table
+from rlhf_pipeline.core.iteration.stages import Stage, command_line, place
 
 SCRIPTS = {
     "tiny": "cpu",

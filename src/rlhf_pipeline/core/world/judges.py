@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from rlhf_pipeline.core.world import Prompt, every_prompt, sentences, words
+from rlhf_pipeline.core.world.questions import Prompt, every_prompt, sentences, words
 
 OPENERS = ("Happy to help!", "Of course!", "With pleasure!", "Sure thing!")
 CLOSERS = ("I hope this helps!", "Have a nice day!", "Just ask if you need more!", "Take care!")

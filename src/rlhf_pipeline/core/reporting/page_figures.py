@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_pipeline.core import figures
-from rlhf_pipeline.core.evaluation import Answers
-from rlhf_pipeline.core.run_folder import Run, Stage
-from rlhf_pipeline.core.verdict import Row, Summary, judge_of, percent
+from rlhf_pipeline.core.reporting import figures
+from rlhf_pipeline.core.reporting.evaluation import Answers
+from rlhf_pipeline.core.reporting.run_folder import Run, Stage
+from rlhf_pipeline.core.reporting.verdict import Row, Summary, judge_of, percent
 
 SAME_SCALE = 4.0
 """Reward models whose spreads differ by more than this factor are drawn in standard deviations."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rlhf_pipeline.core.recipes import Flags
-from rlhf_pipeline.core.stages import DATA_FLAG, WORLD, Stage, number, place, whole
+from rlhf_pipeline.core.iteration.recipes import Flags
+from rlhf_pipeline.core.iteration.stages import DATA_FLAG, WORLD, Stage, number, place, whole
 
 NUM_RESPONSES, MAXLEN, MAXLEN_PROMPT, TEST_SIZE = 5, 2048, 1024, 1000
 """The stages' own defaults."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from rlhf_pipeline.core.command import EXIT_BAD_USE, WorkFailed, die_with_parent
 
-SERVER = "from rlhf_pipeline.core.checks import serve; serve()"
+SERVER = "from rlhf_pipeline.core.iteration.checks import serve; serve()"
 ERROR = "error: "
 
 

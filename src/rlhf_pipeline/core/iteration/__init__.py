@@ -1,0 +1,1 @@
+"""What iterate plans and watches: recipes, stages, checks, stop rules, jobs."""

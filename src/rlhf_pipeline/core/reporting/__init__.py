@@ -1,0 +1,1 @@
+"""What evaluate computes and report shows: tables, figures, words, pages."""

@@ -1,0 +1,1 @@
+"""The tiny world: its questions, demonstrations, judges and its Llama."""
