@@ -37,6 +37,9 @@ class PairData:
     rejected_reward: npt.NDArray[np.float64]
     rewards: npt.NDArray[np.float64] | None
     """(n, N) rewards of all responses to the prompt, NaN for one without; None where the data has no such column"""
+    chosen_logp: npt.NDArray[np.float64] | None
+    """(n,) reference log-probs that the data itself brings (the published datasets do), nats"""
+    rejected_logp: npt.NDArray[np.float64] | None
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -91,7 +94,15 @@ class _Columns:
     def __init__(self, source: Source, pad_id: int, end_ids: frozenset[int]):
         self.optional = [
             name
-            for name in ("prompt_id", "chosen_index", "rejected_index", "rewards", *LENGTHS)
+            for name in (
+                "prompt_id",
+                "chosen_index",
+                "rejected_index",
+                "rewards",
+                "chosen_logp",
+                "rejected_logp",
+                *LENGTHS,
+            )
             if name in source.columns
         ]
         self.names = [*TOKENS, "chosen_reward", "rejected_reward", *self.optional]
@@ -129,6 +140,8 @@ class _Columns:
             chosen_reward=floats("chosen_reward"),
             rejected_reward=floats("rejected_reward"),
             rewards=floats("rewards") if "rewards" in self.values else None,
+            chosen_logp=floats("chosen_logp") if "chosen_logp" in self.values else None,
+            rejected_logp=floats("rejected_logp") if "rejected_logp" in self.values else None,
         )
 
 
@@ -199,6 +212,8 @@ def load_comparisons(source: Source, chat: Chat) -> PairData:
         chosen_reward=none,
         rejected_reward=none,
         rewards=None,
+        chosen_logp=None,
+        rejected_logp=None,
     )
 
 
