@@ -212,7 +212,15 @@ def run_update(
     return float(sum_over_ranks(engine.accelerator, seen)), norm, int(lengths.sum())
 
 
+def check_values(config: Config) -> None:
+    """Raise BadUse for values that can't be meant, before anything is read."""
+    for name in ("batch_size", "lr", "epochs"):
+        if getattr(config, name) <= 0:
+            raise BadUse(f"--{name} is {getattr(config, name)}; expected a number above 0.")
+
+
 def main(config: Config) -> Path:
+    check_values(config)
     pending = config.run.pending_rows()
     if config.run.check and {config.input_repo, config.base_model} & pending.keys():
         check_pending(config, pending)

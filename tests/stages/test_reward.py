@@ -92,6 +92,11 @@ def test_zero_3_on_two_processes_equals_one(here, launch, pairs, tiny_policy, tm
     assert held_out[0]["offset"] == pytest.approx(held_out[1]["offset"], abs=1e-5)
 
 
+def test_a_batch_of_nothing_is_refused_by_its_flag(here):
+    with pytest.raises(BadUse, match="--batch_size is 0; expected a number above 0"):
+        here(batch_size=0)
+
+
 def test_calibration_by_hand():
     """Margins ln 3 (confidence .75) right twice and wrong once, and 0 (confidence .5, half right).
 

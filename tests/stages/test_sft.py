@@ -139,6 +139,12 @@ def test_a_template_that_can_not_mark_the_response_is_refused(here, tmp_path):
         here(chat_template=str(path))
 
 
+@pytest.mark.parametrize("field", ["batch_size", "lr", "epochs"])
+def test_a_number_that_must_be_positive_is_refused_by_its_flag(here, field):
+    with pytest.raises(BadUse, match=f"--{field} is 0; expected a number above 0"):
+        here(**{field: 0})
+
+
 def test_check_writes_nothing(here, tmp_path):
     folder, _ = here("planned", run=RunFlags(check=True))
     assert not folder.exists()
