@@ -80,8 +80,8 @@ def make_classifier(folder: Path, corpus: str, *, hidden_size: int, layers: int)
 def ours(folder: Path, *, batch_tokens: int | None) -> Score:
     import torch
 
-    from rlhf_pipeline.core.network_scorers import ScoringOptions
-    from rlhf_pipeline.core.scoring import load_scorer, resolve_reward_model
+    from rlhf_pipeline.core.ranking.network_scorers import ScoringOptions
+    from rlhf_pipeline.core.ranking.scoring import load_scorer, resolve_reward_model
 
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     options = ScoringOptions(batch_tokens=batch_tokens, device=device)

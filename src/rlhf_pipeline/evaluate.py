@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf_pipeline.core import children, preflight, provenance, schema, scoring, storage
+from rlhf_pipeline.core import children, preflight, provenance, schema, storage
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import (
     EXIT_BAD_USE,
@@ -39,6 +39,7 @@ from rlhf_pipeline.core.command import (
 from rlhf_pipeline.core.files import read_json, write_json
 from rlhf_pipeline.core.iteration import plan_table
 from rlhf_pipeline.core.progress import duration, say
+from rlhf_pipeline.core.ranking import scoring
 from rlhf_pipeline.core.reporting import evaluation, verdict
 from rlhf_pipeline.core.reporting.evaluation import ENSEMBLE, LOG_PROBS, RESPONSES, RESULTS, Answers
 from rlhf_pipeline.core.reporting.names import last_policy, named

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from rlhf_pipeline.core import pair_blocks, pair_report, pair_tables, preflight, provenance, schema, storage
+from rlhf_pipeline.core import preflight, provenance, schema, storage
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import (
     RUN,
@@ -34,9 +34,10 @@ from rlhf_pipeline.core.command import (
     fields_with_roles,
     what_fields,
 )
-from rlhf_pipeline.core.pair_blocks import Work
+from rlhf_pipeline.core.filtering import pair_blocks, pair_report, pair_tables
+from rlhf_pipeline.core.filtering.pair_blocks import Work
+from rlhf_pipeline.core.filtering.selection import Rules, Select
 from rlhf_pipeline.core.progress import duration, say
-from rlhf_pipeline.core.selection import Rules, Select
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from rlhf_pipeline.core import preflight, prompts, provenance, storage
+from rlhf_pipeline.core import preflight, provenance, storage
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import RUN, BadUse, How, RunFlags, What, entry, fields_with_roles, what_fields
 from rlhf_pipeline.core.files import read_json, write_atomic, write_json
-from rlhf_pipeline.core.progress import bar, duration, say
-from rlhf_pipeline.core.responses import JOURNAL, SEED_STEP, SPLIT, Responses, Summary, summarize
-from rlhf_pipeline.core.sampling import (
+from rlhf_pipeline.core.generation import prompts
+from rlhf_pipeline.core.generation.responses import JOURNAL, SEED_STEP, SPLIT, Responses, Summary, summarize
+from rlhf_pipeline.core.generation.sampling import (
     EngineOptions,
     Sampler,
     SamplingSettings,
@@ -35,6 +35,7 @@ from rlhf_pipeline.core.sampling import (
     bind_cores,
     checkpoint_dtype,
 )
+from rlhf_pipeline.core.progress import bar, duration, say
 
 if TYPE_CHECKING:
     from rlhf_pipeline.core.models import ModelRef

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from rlhf_pipeline.core import preflight, provenance, reward_report, schema, scoring, storage
+from rlhf_pipeline.core import preflight, provenance, schema, storage
 from rlhf_pipeline.core.command import (
     RUN,
     BadUse,
@@ -32,10 +32,11 @@ from rlhf_pipeline.core.command import (
     what_fields,
 )
 from rlhf_pipeline.core.files import locked
-from rlhf_pipeline.core.network_scorers import Dtype, HeadDtype, ScoringOptions, resolve_dtype
 from rlhf_pipeline.core.progress import bar, duration, is_main, say
-from rlhf_pipeline.core.reward_columns import COLUMNS, reward_columns, with_prompt_ids, with_rewards
-from rlhf_pipeline.core.scoring import Combine, Scorer
+from rlhf_pipeline.core.ranking import reward_report, scoring
+from rlhf_pipeline.core.ranking.network_scorers import Dtype, HeadDtype, ScoringOptions, resolve_dtype
+from rlhf_pipeline.core.ranking.reward_columns import COLUMNS, reward_columns, with_prompt_ids, with_rewards
+from rlhf_pipeline.core.ranking.scoring import Combine, Scorer
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -25,11 +25,15 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from rlhf_pipeline.core import checkpoints, models, provenance, storage
+from rlhf_pipeline.core import models, provenance, storage
 from rlhf_pipeline.core.batches import MicroBatch, order_of_rows, plan_calls
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import RUN, BadUse, How, RunFlags, What, entry, fields_with_roles, what_fields
-from rlhf_pipeline.core.distributed import (
+from rlhf_pipeline.core.files import write_json
+from rlhf_pipeline.core.progress import Metrics, duration, is_main, say
+from rlhf_pipeline.core.reward_model import REWARD_OFFSET, draw_reward_model, load_reward_model, rewards
+from rlhf_pipeline.core.training import checkpoints
+from rlhf_pipeline.core.training.distributed import (
     Engine,
     clean_exit,
     describe_launch,
@@ -40,12 +44,9 @@ from rlhf_pipeline.core.distributed import (
     say_launch,
     sum_over_ranks,
 )
-from rlhf_pipeline.core.files import write_json
-from rlhf_pipeline.core.optim import learning_rate, make_optimizer, set_learning_rate
-from rlhf_pipeline.core.pairs import PairData, load_comparisons
-from rlhf_pipeline.core.passes import Limits, pair_batch, split_pass
-from rlhf_pipeline.core.progress import Metrics, duration, is_main, say
-from rlhf_pipeline.core.reward_model import REWARD_OFFSET, draw_reward_model, load_reward_model, rewards
+from rlhf_pipeline.core.training.optim import learning_rate, make_optimizer, set_learning_rate
+from rlhf_pipeline.core.training.pairs import PairData, load_comparisons
+from rlhf_pipeline.core.training.passes import Limits, pair_batch, split_pass
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -21,12 +21,15 @@ import numpy.typing as npt
 import torch
 import tyro
 
-from rlhf_pipeline.core import checkpoints, models, provenance, storage
+from rlhf_pipeline.core import models, provenance, storage
 from rlhf_pipeline.core.batches import MicroBatch, collate, order_of_rows, plan_calls
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import RUN, BadUse, How, RunFlags, What, entry, fields_with_roles, what_fields
-from rlhf_pipeline.core.conversations import Demonstrations, load_demonstrations
-from rlhf_pipeline.core.distributed import (
+from rlhf_pipeline.core.logps import install, token_logps
+from rlhf_pipeline.core.progress import Metrics, duration, is_main, read_metrics, say
+from rlhf_pipeline.core.training import checkpoints
+from rlhf_pipeline.core.training.conversations import Demonstrations, load_demonstrations
+from rlhf_pipeline.core.training.distributed import (
     Engine,
     clean_exit,
     describe_launch,
@@ -37,9 +40,7 @@ from rlhf_pipeline.core.distributed import (
     say_launch,
     sum_over_ranks,
 )
-from rlhf_pipeline.core.logps import install, token_logps
-from rlhf_pipeline.core.optim import learning_rate, make_optimizer, set_learning_rate
-from rlhf_pipeline.core.progress import Metrics, duration, is_main, read_metrics, say
+from rlhf_pipeline.core.training.optim import learning_rate, make_optimizer, set_learning_rate
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

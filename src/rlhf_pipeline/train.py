@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 import tyro
 
-from rlhf_pipeline.core import checkpoints, hub, losses, models, provenance, storage
+from rlhf_pipeline.core import hub, models, provenance, storage
 from rlhf_pipeline.core.batches import MicroBatch, order_of_rows, plan_calls
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import (
@@ -35,7 +35,10 @@ from rlhf_pipeline.core.command import (
     fields_with_roles,
     what_fields,
 )
-from rlhf_pipeline.core.distributed import (
+from rlhf_pipeline.core.logps import install
+from rlhf_pipeline.core.progress import Metrics, duration, is_main, read_metrics, say
+from rlhf_pipeline.core.training import checkpoints, losses
+from rlhf_pipeline.core.training.distributed import (
     Engine,
     clean_exit,
     describe_launch,
@@ -47,8 +50,7 @@ from rlhf_pipeline.core.distributed import (
     say_launch,
     sum_over_ranks,
 )
-from rlhf_pipeline.core.logps import install
-from rlhf_pipeline.core.losses import (
+from rlhf_pipeline.core.training.losses import (
     Dpo,
     Ipo,
     Kto,
@@ -60,9 +62,9 @@ from rlhf_pipeline.core.losses import (
     Sppo,
     with_sft_term,
 )
-from rlhf_pipeline.core.optim import OptimizerName, learning_rate, make_optimizer, set_learning_rate
-from rlhf_pipeline.core.pairs import PairData, load_pairs
-from rlhf_pipeline.core.passes import (
+from rlhf_pipeline.core.training.optim import OptimizerName, learning_rate, make_optimizer, set_learning_rate
+from rlhf_pipeline.core.training.pairs import PairData, load_pairs
+from rlhf_pipeline.core.training.passes import (
     Limits,
     Split,
     as_pairs,
@@ -71,8 +73,7 @@ from rlhf_pipeline.core.passes import (
     pair_logps,
     split_logps,
 )
-from rlhf_pipeline.core.progress import Metrics, duration, is_main, read_metrics, say
-from rlhf_pipeline.core.reference import reference_logps
+from rlhf_pipeline.core.training.reference import reference_logps
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

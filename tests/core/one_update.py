@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from rlhf_pipeline.core import distributed
 from rlhf_pipeline.core.batches import MicroBatch, collate, plan_calls
 from rlhf_pipeline.core.logps import install, response_logps, token_logps
 from rlhf_pipeline.core.models import load_policy, save_policy
-from rlhf_pipeline.core.optim import make_optimizer
+from rlhf_pipeline.core.training import distributed
+from rlhf_pipeline.core.training.optim import make_optimizer
 
 PAIRS = 7
 """Odd, so that with one pair a call one of two ranks has a call of weight 0."""

@@ -4,8 +4,8 @@ weights moved, and which share of them moved as far as bf16 can tell."""
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf_pipeline.core.distributed import Engine, clean_exit, load_dtype, make_accelerator, one_update
-from rlhf_pipeline.core.optim import make_optimizer
+from rlhf_pipeline.core.training.distributed import Engine, clean_exit, load_dtype, make_accelerator, one_update
+from rlhf_pipeline.core.training.optim import make_optimizer
 
 accelerator = make_accelerator(max_grad_norm=None)
 torch.manual_seed(0)

@@ -17,10 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlhf_pipeline import filter as stage
-from rlhf_pipeline.core import pair_blocks, schema, storage
+from rlhf_pipeline.core import schema, storage
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import BadUse, RunFlags
-from rlhf_pipeline.core.pairs import load_pairs
+from rlhf_pipeline.core.filtering import pair_blocks
+from rlhf_pipeline.core.training.pairs import load_pairs
 from tutorial_dataset import tutorial_pairs, write_tutorial_dataset
 
 Row = dict[str, Any]

@@ -22,7 +22,7 @@ import pytest
 from rlhf_pipeline import generate
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import BadUse
-from rlhf_pipeline.core.sampling import EngineOptions
+from rlhf_pipeline.core.generation.sampling import EngineOptions
 
 N = 3
 

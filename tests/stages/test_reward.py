@@ -15,8 +15,8 @@ from rlhf_pipeline import reward
 from rlhf_pipeline.core import storage
 from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.progress import read_metrics
+from rlhf_pipeline.core.ranking.scoring import ScoringOptions, load_scorer, resolve_reward_model
 from rlhf_pipeline.core.reward_model import REWARD_OFFSET
-from rlhf_pipeline.core.scoring import ScoringOptions, load_scorer, resolve_reward_model
 from rlhf_pipeline.reward import Config, calibration
 from tiny_pairs import write_pairs
 
@@ -111,7 +111,7 @@ def test_calibration_by_hand():
 
 def test_text_pairs_and_conversations_are_read_alike(tmp_path, tiny_policy):
     from rlhf_pipeline.core.chat import Chat
-    from rlhf_pipeline.core.pairs import load_comparisons
+    from rlhf_pipeline.core.training.pairs import load_comparisons
 
     def turns(answer: str) -> list[dict[str, str]]:
         return [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": answer}]

@@ -13,9 +13,9 @@ import torch
 from rlhf_pipeline import sft
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import BadUse
-from rlhf_pipeline.core.conversations import load_demonstrations
 from rlhf_pipeline.core.progress import read_metrics
 from rlhf_pipeline.core.storage import open_source
+from rlhf_pipeline.core.training.conversations import load_demonstrations
 from rlhf_pipeline.sft import Config, RunFlags
 
 

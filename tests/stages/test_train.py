@@ -16,8 +16,8 @@ from conftest import PROMPTS
 from rlhf_pipeline import train
 from rlhf_pipeline.core import storage
 from rlhf_pipeline.core.command import BadUse, WorkFailed
-from rlhf_pipeline.core.losses import Dpo, Rebel
 from rlhf_pipeline.core.progress import read_metrics
+from rlhf_pipeline.core.training.losses import Dpo, Rebel
 from rlhf_pipeline.train import Config, RunFlags
 from tiny_pairs import make_rows, write_pairs
 
@@ -239,7 +239,7 @@ def test_length_columns_and_padding_agree(tmp_path, tiny_policy):
     """Pairs made elsewhere have no length columns: their padding gives the same tokens."""
 
     from rlhf_pipeline.core.chat import Chat
-    from rlhf_pipeline.core.pairs import load_pairs
+    from rlhf_pipeline.core.training.pairs import load_pairs
     from tiny_pairs import make_rows
 
     chat = Chat.load(tiny_policy)

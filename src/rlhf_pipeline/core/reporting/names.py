@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from rlhf_pipeline.core.command import BadUse
-from rlhf_pipeline.core.scoring import FUNCTION_NAME
+from rlhf_pipeline.core.ranking.scoring import FUNCTION_NAME
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 

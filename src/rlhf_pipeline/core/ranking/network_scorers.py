@@ -92,7 +92,7 @@ def head_shapes(
 
     with torch.device("meta"):
         if armorm:
-            from rlhf_pipeline.core.armorm import ArmoHead
+            from rlhf_pipeline.core.ranking.armorm import ArmoHead
 
             return _shapes(ArmoHead(load_config(folder)).state_dict())
         try:
@@ -203,14 +203,14 @@ def _reads_last_token(model: PreTrainedModel) -> bool:
 
 
 class ArmoRM:
-    """ArmoRM: the gated score, its 19 objectives and their coefficients. See core/armorm.py."""
+    """ArmoRM: the gated score, its 19 objectives and their coefficients. See core/ranking/armorm.py."""
 
     has_coefficients = True
 
     def __init__(self, folder: Path, chat: Chat, options: ScoringOptions, engine: dict[str, Any]):
         import torch
 
-        from rlhf_pipeline.core import armorm
+        from rlhf_pipeline.core.ranking import armorm
 
         self._chat = chat
         self._device = options.device
@@ -229,7 +229,7 @@ class ArmoRM:
         return _score_conversations(rows, self._encode, self._forward, self.engine["max_length"], self._budget)
 
     def _encode(self, row: Row) -> Encoded | str:
-        from rlhf_pipeline.core.armorm import find_gate
+        from rlhf_pipeline.core.ranking.armorm import find_gate
 
         prompt_ids = self._chat.prompt_ids(row["prompt"])
         ids = self._chat.conversation_ids(row["prompt"], row["response"])

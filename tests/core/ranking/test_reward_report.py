@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from rlhf_pipeline.core import reward_report
-from rlhf_pipeline.core.reward_report import Rewards
+from rlhf_pipeline.core.ranking import reward_report
+from rlhf_pipeline.core.ranking.reward_report import Rewards
 
 NAN = float("nan")
 REWARDS = np.array(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rlhf_pipeline.core import schema
-from rlhf_pipeline.core.network_scorers import Score
+from rlhf_pipeline.core.ranking.network_scorers import Score
 
 if TYPE_CHECKING:
     import pyarrow as pa

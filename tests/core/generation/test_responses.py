@@ -8,9 +8,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from rlhf_pipeline.core.prompts import Prompt
-from rlhf_pipeline.core.responses import Responses, summarize
-from rlhf_pipeline.core.sampling import FinishReason, Request, Sample
+from rlhf_pipeline.core.generation.prompts import Prompt
+from rlhf_pipeline.core.generation.responses import Responses, summarize
+from rlhf_pipeline.core.generation.sampling import FinishReason, Request, Sample
 from rlhf_pipeline.core.storage import open_output, shard_files
 
 N = 3

@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 
 from rlhf_pipeline.core.batches import Batch, collate, plan_calls
-from rlhf_pipeline.core.distributed import Engine, sum_over_ranks
 from rlhf_pipeline.core.logps import response_logps
-from rlhf_pipeline.core.losses import Pairs
-from rlhf_pipeline.core.pairs import PairData
+from rlhf_pipeline.core.training.distributed import Engine, sum_over_ranks
+from rlhf_pipeline.core.training.losses import Pairs
+from rlhf_pipeline.core.training.pairs import PairData
 
 Logps = npt.NDArray[np.float64]
 """(n, 2): natural-log probabilities of the chosen and of the rejected response, nats."""

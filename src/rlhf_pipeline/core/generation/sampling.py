@@ -369,7 +369,7 @@ class TransformersSampler:
                 yield from self._sample_batch(batch)
 
     def _sample_batch(self, requests: Sequence[Request]) -> Iterator[Sample]:
-        from rlhf_pipeline.core.decoding import Row, decode_batch
+        from rlhf_pipeline.core.generation.decoding import Row, decode_batch
 
         settings = self.settings
         rows = [
@@ -414,7 +414,7 @@ def rows_that_fit(model: PreTrainedModel, length: int) -> int:
 
 def _batches(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:
     """At most `size` requests at a time whose prompts have one padded width, those of one prompt together."""
-    from rlhf_pipeline.core.decoding import padded_width
+    from rlhf_pipeline.core.generation.decoding import padded_width
 
     ordered = sorted(requests, key=lambda request: (padded_width(len(request.prompt_ids)), request.prompt_ids))
     for _, group in groupby(ordered, key=lambda request: padded_width(len(request.prompt_ids))):

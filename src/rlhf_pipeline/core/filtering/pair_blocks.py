@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_pipeline.core import pair_tables, schema
+from rlhf_pipeline.core import schema
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import WorkFailed, die_with_launcher
 from rlhf_pipeline.core.files import atomic, read_json, write_json
+from rlhf_pipeline.core.filtering import pair_tables
+from rlhf_pipeline.core.filtering.selection import FAULTS, REASONS, Rules
 from rlhf_pipeline.core.progress import bar
-from rlhf_pipeline.core.selection import FAULTS, REASONS, Rules
 from rlhf_pipeline.core.storage import Source
 
 if TYPE_CHECKING:

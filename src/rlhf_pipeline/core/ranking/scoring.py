@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rlhf_pipeline.core.command import BadUse, WorkFailed
 from rlhf_pipeline.core.files import read_json, sha256_of
-from rlhf_pipeline.core.judge import TEMPLATE, Endpoint, Judge, read_template
-from rlhf_pipeline.core.network_scorers import (
+from rlhf_pipeline.core.provenance import fingerprint_model, fingerprint_text
+from rlhf_pipeline.core.ranking.judge import TEMPLATE, Endpoint, Judge, read_template
+from rlhf_pipeline.core.ranking.network_scorers import (
     ARMORM_TENSOR,
     ArmoRM,
     Row,
@@ -35,7 +36,6 @@ from rlhf_pipeline.core.network_scorers import (
     head_shapes,
     resolve_dtype,
 )
-from rlhf_pipeline.core.provenance import fingerprint_model, fingerprint_text
 from rlhf_pipeline.core.weights import check_head_names, tensor_files
 
 if TYPE_CHECKING:

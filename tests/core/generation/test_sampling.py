@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 
 from rlhf_pipeline.core.command import BadUse
-from rlhf_pipeline.core.sampling import (
+from rlhf_pipeline.core.generation.sampling import (
     EngineOptions,
     Request,
     Sample,
@@ -112,7 +112,7 @@ def test_draws_follow_the_top_p_distribution_exactly() -> None:
     """
     import torch
 
-    from rlhf_pipeline.core.decoding import FIRST_LOOK, draw
+    from rlhf_pipeline.core.generation.decoding import FIRST_LOOK, draw
 
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(2, 900, generator=generator) * torch.tensor([[4.0], [0.3]])
@@ -131,7 +131,7 @@ def test_draw_with_top_p_one_leaves_no_token_out() -> None:
     """Probabilities 1/2, 1/4, 1/8, 1/8: the CDF's steps are at 0.5, 0.75 and 0.875."""
     import torch
 
-    from rlhf_pipeline.core.decoding import draw
+    from rlhf_pipeline.core.generation.decoding import draw
 
     probs = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).expand(6, -1)
     uniforms = torch.tensor([0.0, 0.4999, 0.5, 0.75, 0.875, 1 - 2**-53], dtype=torch.float64)
@@ -244,7 +244,7 @@ def test_the_window_ends_a_response(model: Any, tokenizer: Any) -> None:
 
 
 def test_requests_are_taken_from_the_iterator_only_as_they_are_needed(model: Any, tokenizer: Any) -> None:
-    from rlhf_pipeline.core.sampling import LOOK_AHEAD
+    from rlhf_pipeline.core.generation.sampling import LOOK_AHEAD
 
     taken = 0
 

@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import BadUse
-from rlhf_pipeline.core.prompts import Prompts, choose_rows, prepare, read_as_prompt
+from rlhf_pipeline.core.generation.prompts import Prompts, choose_rows, prepare, read_as_prompt
 from rlhf_pipeline.core.storage import open_source
 
 

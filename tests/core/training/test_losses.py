@@ -15,7 +15,7 @@ import tyro
 from torch import Tensor
 
 from rlhf_pipeline.core.command import BadUse, what_fields
-from rlhf_pipeline.core.losses import (
+from rlhf_pipeline.core.training.losses import (
     Dpo,
     Ipo,
     Kto,

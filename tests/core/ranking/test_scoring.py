@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_pipeline.core import scoring
 from rlhf_pipeline.core.command import BadUse, WorkFailed
-from rlhf_pipeline.core.network_scorers import Score, ScoringOptions
+from rlhf_pipeline.core.ranking import scoring
+from rlhf_pipeline.core.ranking.network_scorers import Score, ScoringOptions
 from rlhf_pipeline.core.reward_model import REWARD_OFFSET
 from tiny_reward_models import save_shards, write_armorm, write_classifier
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_pipeline.core.selection import Outcome, Response, Rules, select
+from rlhf_pipeline.core.filtering.selection import Outcome, Response, Rules, select
 
 RULES = Rules(maxlen=10, min_responses=5)
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from rlhf_pipeline.core import judge, scoring
 from rlhf_pipeline.core.command import BadUse, WorkFailed
-from rlhf_pipeline.core.network_scorers import ScoringOptions
+from rlhf_pipeline.core.ranking import judge, scoring
+from rlhf_pipeline.core.ranking.network_scorers import ScoringOptions
 
 
 class Server(ThreadingHTTPServer):

@@ -10,8 +10,8 @@ import numpy as np
 
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import BadUse
-from rlhf_pipeline.core.pairs import Ids
 from rlhf_pipeline.core.storage import Source
+from rlhf_pipeline.core.training.pairs import Ids
 
 MESSAGES = ("messages", "conversations")
 """Columns that hold a whole conversation."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from rlhf_pipeline.core.command import BadUse, WorkFailed
 from rlhf_pipeline.core.files import Journal
-from rlhf_pipeline.core.network_scorers import Row, Score, empty
+from rlhf_pipeline.core.ranking.network_scorers import Row, Score, empty
 
 TEMPLATE = """\
 Please judge the quality of the assistant's response below: is it correct, helpful, complete, and as long as it \

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf_pipeline.core import armorm
 from rlhf_pipeline.core.command import BadUse
+from rlhf_pipeline.core.ranking import armorm
 from tiny_reward_models import save_shards, write_armorm
 
 CONVERSATIONS: dict[str, list[dict[str, str]]] = {

@@ -11,10 +11,10 @@ import numpy.typing as npt
 
 from rlhf_pipeline.core import provenance, storage
 from rlhf_pipeline.core.command import WorkFailed
-from rlhf_pipeline.core.distributed import Engine, describe_launch, main_process_first
-from rlhf_pipeline.core.pairs import PairData
-from rlhf_pipeline.core.passes import Limits, Logps, split_logps
 from rlhf_pipeline.core.progress import bar, is_main, say
+from rlhf_pipeline.core.training.distributed import Engine, describe_launch, main_process_first
+from rlhf_pipeline.core.training.pairs import PairData
+from rlhf_pipeline.core.training.passes import Limits, Logps, split_logps
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_pipeline.core.command import EXIT_TERMINATED, BadUse, WorkFailed
-from rlhf_pipeline.core.distributed import any_rank, describe_launch, main_process_first
 from rlhf_pipeline.core.files import read_json, sync_file, sync_folder, write_json
 from rlhf_pipeline.core.progress import bar, say
+from rlhf_pipeline.core.training.distributed import any_rank, describe_launch, main_process_first
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from rlhf_pipeline.core import schema
 from rlhf_pipeline.core.files import Journal, read_json, write_json
-from rlhf_pipeline.core.prompts import Prompt
-from rlhf_pipeline.core.sampling import Request, Sample
+from rlhf_pipeline.core.generation.prompts import Prompt
+from rlhf_pipeline.core.generation.sampling import Request, Sample
 from rlhf_pipeline.core.storage import Output
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rlhf_pipeline.core.optim import OptimizerName, learning_rate, make_optimizer, set_learning_rate
+from rlhf_pipeline.core.training.optim import OptimizerName, learning_rate, make_optimizer, set_learning_rate
 
 
 @pytest.mark.parametrize(("total", "ratio"), [(400, 0.1), (7, 0.5), (19, 0.1), (10, 0.0), (1, 0.1), (3, 1.0)])

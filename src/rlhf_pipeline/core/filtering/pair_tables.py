@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rlhf_pipeline.core import schema
-from rlhf_pipeline.core.selection import PROMPT_TOO_LONG, Outcome, Response, Rules, reward_of, select
+from rlhf_pipeline.core.filtering.selection import PROMPT_TOO_LONG, Outcome, Response, Rules, reward_of, select
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -1,0 +1,1 @@
+"""What rank is made of: scorers, judges, the columns and the report of rewards."""
