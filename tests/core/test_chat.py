@@ -4,6 +4,7 @@ where a test says otherwise), so that every expected id list is the expected tex
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -409,6 +410,25 @@ def test_the_pad_id_never_ends_a_turn(folder_of):
     pad = chat.tokenizer.convert_tokens_to_ids("<|endoftext|>")
     assert Chat(chat.tokenizer, kind.template, "", None, None, ()).pad_id == pad
     assert Chat(chat.tokenizer, kind.template, "", None, None, (pad,)).pad_id == past
+
+
+def test_truncation_and_padding_stored_with_a_tokenizer_cut_and_fill_nothing(folder_of, tmp_path):
+    """tokenizer.json of models that were trained on short texts often keeps both."""
+    chat = Chat.load(shutil.copytree(folder_of(KINDS["llama_3"]), tmp_path / "model"))
+    expected = chat.encode_prompts(["a", "a prompt of more than eight bytes"])
+    file = tmp_path / "model" / "tokenizer.json"
+    stored = json.loads(file.read_text())
+    stored["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    stored["padding"] = {
+        "strategy": {"Fixed": 64},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "a",
+    }
+    file.write_text(json.dumps(stored))
+    assert Chat.load(tmp_path / "model").encode_prompts(["a", "a prompt of more than eight bytes"]) == expected
 
 
 def test_hashes_tell_tokenizers_and_templates_apart(folder_of, chats):

@@ -254,6 +254,11 @@ class Chat:
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
+        if self.tokenizer.is_fast:
+            backend = self.tokenizer.backend_tokenizer
+            backend.no_truncation()  # a tokenizer.json may come with either
+            backend.no_padding()
+            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
         ids: list[list[int]] = self.tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, verbose=False
         )["input_ids"]
