@@ -48,8 +48,9 @@ from rlhf_pipeline.core.iteration.survey import DATA, Look, folder_of, known_row
 from rlhf_pipeline.core.progress import duration, say
 from rlhf_pipeline.core.reporting import verdict
 from rlhf_pipeline.core.reporting.evaluation import RESULTS
+from rlhf_pipeline.core.reporting.run_folder import RECIPE, STOP, TIMINGS
 
-RECIPE, TIMINGS, STOP, LOGS = "recipe.yaml", "timings.json", "stop.json", "logs"
+LOGS = "logs"
 THIS_TIME = ("recipe", "from_stage", "to_stage", "slurm", "overrides")
 """Fields that belong to one start of a run, not into its recipe; those of `run` are others."""
 
@@ -253,6 +254,8 @@ def work(config: Config, run: Run, looks: list[Look]) -> list[Look]:
     started, position = time.monotonic(), 0
     while position < len(looks):
         look = looks[position]
+        if look.stage.command == "report":
+            note_stop(config, run, looks)
         if not look.finished:
             say(f"\n[{position + 1} of {len(looks)}] {look.stage.name}, {duration(time.monotonic() - started)} so far")
             run_stage(config, resolved(look.stage), run.folder)
@@ -309,17 +312,28 @@ def remove_data(run: Run, t: int) -> None:
         shutil.rmtree(folder / f".{DATA}", ignore_errors=True)
 
 
+def note_stop(config: Config, run: Run, looks: Sequence[Look]) -> None:
+    """Keep in the run's folder which rule fired, before the report reads it."""
+    evaluations = [look.stage for look in looks if look.stage.command == "evaluate"]
+    if not evaluations:  # --from report: it stands as it is
+        return
+    path = Path(run.folder, STOP)
+    path.unlink(missing_ok=True)
+    (rows, judge), stop = measured(config, evaluations[-1]), stop_of(config, evaluations[-1])
+    if stop is not None:
+        best = rows[stopping.best(rows, judge, stop)]["name"]
+        stopped = {"iteration": stop.iteration, "of": config.iterations, "reasons": stop.reasons, "best": best}
+        write_json(path, stopped)
+
+
 def conclude(config: Config, run: Run, looks: Sequence[Look]) -> None:
-    """Say, and keep in the run's folder, which rule fired; say which policy is best and where the report is."""
+    """Say which rule fired, which policy is best and where the report is."""
     evaluations = [look.stage for look in looks if look.stage.command == "evaluate"]
     if evaluations:
         (rows, judge), stop = measured(config, evaluations[-1]), stop_of(config, evaluations[-1])
         t = stopping.best(rows, judge, stop)
-        Path(run.folder, STOP).unlink(missing_ok=True)
         if stop is not None:
             say(f"stopped    after iteration {stop.iteration} of {config.iterations}: {'; '.join(stop.reasons)}")
-            stopped = {"iteration": stop.iteration, "reasons": stop.reasons, "best": rows[t]["name"]}
-            write_json(Path(run.folder, STOP), stopped)
         say(f"best       {rows[t]['name']} by {judge} with {rows[t][judge]['mean']:.3g}: {stages.policy_of(run, t)}")
     report = Path(run.folder, stages.REPORT)
     say(f"done: {report if report.exists() else run.folder}")

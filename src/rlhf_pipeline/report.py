@@ -73,6 +73,8 @@ def show(config: Config, runs: list[Run], summaries: list[dict[str, Any] | None]
             say("not evaluated yet")
         else:
             print_policies(summary)
+        for sentence in run.early_end:
+            say(sentence)
 
 
 def main(config: Config) -> Path:

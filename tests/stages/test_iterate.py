@@ -263,7 +263,8 @@ def test_a_rule_that_fires_ends_the_run_with_the_best_policy_named(small: Path, 
     assert "stopped    after iteration 1 of 3" in done.stdout and "(--stop.truncated 0)" in done.stdout
     stop = json.loads((folder / "stop.json").read_text())
     assert stop["iteration"] == 1 and stop["best"] == "start"
-    assert (folder / "report.html").exists() and not (folder / "iteration_2").exists()
+    page = (folder / "report.html").read_text()
+    assert "A stop rule ended this run after iteration 1 of 3" in page and not (folder / "iteration_2").exists()
     assert not list(folder.glob("iteration_1/*/data")) and (folder / "iteration_1/pairs/provenance.json").exists()
     again = run_command("iterate", *words)
     assert again.returncode == 0 and "[1 of" not in again.stdout and "data removed" in again.stdout

@@ -147,6 +147,14 @@ def test_text_of_models_can_not_break_the_page(run: Path) -> None:
     assert "<script>alert(1)</script></div> & {{ 7 * 7 }}" in reader.text["samples"]
 
 
+def test_a_run_that_a_rule_ended_says_so(run: Path, capsys: Any) -> None:
+    stopped = {"iteration": 2, "of": 4, "reasons": ["gold fell (--stop.reward_fall 0.05)"], "best": "iteration_1"}
+    (run / "stop.json").write_text(json.dumps(stopped))
+    text = report.main(report.Config(runs=(str(run),))).read_text()
+    sentence = "A stop rule ended this run after iteration 2 of 4: gold fell (--stop.reward_fall 0.05)."
+    assert sentence in text and sentence in capsys.readouterr().out
+
+
 def test_a_run_without_an_evaluation_gets_what_there_is(run: Path) -> None:
     shutil.rmtree(run / "evaluation")
     (run / "summary.json").unlink()

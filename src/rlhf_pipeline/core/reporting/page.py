@@ -67,7 +67,7 @@ def render_run(run: Run, summary: Summary | None) -> str:
         first, *rest = summary["headline"]
         values |= {
             "headline": first,
-            "sentences": rest,
+            "sentences": [*rest, *run.early_end],
             "judges": judges_of(run, summary),
             "tiles": tiles_of(summary),
             "warnings": [warning["text"] for warning in summary["warnings"]],

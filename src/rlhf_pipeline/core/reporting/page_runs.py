@@ -71,7 +71,7 @@ def render_runs(runs: Sequence[Run], summaries: Sequence[Summary]) -> str:
         runs=[
             {
                 "name": run.name,
-                "headline": " ".join(summary["headline"]),
+                "headline": " ".join([*summary["headline"], *run.early_end]),
                 "warnings": [warning["text"] for warning in summary["warnings"]],
                 "table": table_of(summary),
             }

@@ -1,7 +1,7 @@
 """A run folder as the report reads it: what its files say, each of them optional.
 
-runs/NAME/{recipe.yaml, timings.json, world/, sft/, reward/, iteration_1/{responses, rewards, pairs, policy}, ...,
-evaluation/{results.json, <policy>/{responses, <reward model>, log_probs}}}
+runs/NAME/{recipe.yaml, timings.json, stop.json, world/, sft/, reward/, iteration_1/{responses, rewards, pairs,
+policy}, ..., evaluation/{results.json, <policy>/{responses, <reward model>, log_probs}}}
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rlhf_pipeline.core.reporting.evaluation import RESPONSES, RESULTS, Answers,
 EVALUATION = "evaluation"
 TIMINGS = "timings.json"
 RECIPE = "recipe.yaml"
+STOP = "stop.json"
 METRICS = "metrics.jsonl"
 FIRST_PARTS = ("world", "sft", "", "reward", "iteration", EVALUATION)
 """In which order a run makes them; "" stands for any other."""
@@ -52,10 +53,20 @@ class Run:
     timings: dict[str, float]
     """{stage: seconds}"""
     recipe: str | None
+    stopped: dict[str, Any] | None
+    """Why iterate ended the run early: the iteration after which, of how many, the reasons, the best policy"""
 
     @property
     def name(self) -> str:
         return self.folder.resolve().name
+
+    @property
+    def early_end(self) -> list[str]:
+        """A sentence on which stop rule ended the run, if one did."""
+        if self.stopped is None:
+            return []
+        after, of, reasons = (self.stopped[key] for key in ("iteration", "of", "reasons"))
+        return [f"A stop rule ended this run after iteration {after} of {of}: {'; '.join(reasons)}."]
 
 
 def read_run(text: str) -> Run:
@@ -78,6 +89,7 @@ def read_run(text: str) -> Run:
         evaluated=[stage for stage in stages if stage.name.startswith(f"{EVALUATION}/")],
         timings=read_json(folder / TIMINGS) or {},
         recipe=recipe.read_text(encoding="utf-8") if recipe.exists() else None,
+        stopped=read_json(folder / STOP),
     )
 
 
