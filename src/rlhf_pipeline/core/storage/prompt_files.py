@@ -1,0 +1,64 @@
+"""Prompts from one file: .jsonl, .json, .csv or .parquet."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_pipeline.core.command import BadUse
+from rlhf_pipeline.core.files import sha256_of
+from rlhf_pipeline.core.storage.references import Ref
+from rlhf_pipeline.core.storage.sources import Source, make_source, parquet_tables
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+PROMPT_FILES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def open_file(ref: Ref, flag: str) -> Source:
+    path = ref.path
+    assert path is not None
+    if path.suffix not in PROMPT_FILES:
+        raise BadUse(f"{flag} {ref.text} is a file of no known kind; expected one of {', '.join(PROMPT_FILES)}.")
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        metadata = pq.read_metadata(path)
+        names = tuple(pq.read_schema(path).names)
+        return make_source(
+            ref, "train", ("train",), names, metadata.num_rows, sha256_of([path]), None, None,
+            lambda columns, size, start, stop: parquet_tables([path], [metadata.num_rows], columns, size, start, stop),
+        )  # fmt: skip
+    rows = _read_rows(path, flag)
+    names = tuple(dict.fromkeys(name for row in rows for name in row))
+
+    def tables(columns: Sequence[str], size: int, start: int, stop: int) -> Iterator[pa.Table]:
+        import pyarrow as pa
+
+        for low in range(start, stop, size):
+            chosen = [{name: row.get(name) for name in columns} for row in rows[low : min(low + size, stop)]]
+            try:
+                yield pa.Table.from_pylist(chosen)
+            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+                raise BadUse(f"{flag} {ref.text} mixes kinds of values in one column: {error}") from error
+
+    source = make_source(ref, "train", ("train",), names, len(rows), sha256_of([path]), None, None, tables)
+    return replace(source, plain=rows)
+
+
+def _read_rows(path: Path, flag: str) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        try:
+            if path.suffix == ".csv":
+                return list(csv.DictReader(file))
+            rows = json.load(file) if path.suffix == ".json" else [json.loads(line) for line in file if line.strip()]
+        except json.JSONDecodeError as error:
+            raise BadUse(f"{flag} {path} is not valid JSON: {error}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise BadUse(f'{flag} {path} is not a list of objects; expected rows such as {{"prompt": "..."}}.')
+    return rows

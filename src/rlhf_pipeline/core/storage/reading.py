@@ -1,0 +1,107 @@
+"""Opening a dataset: our own layout straight from its parquet files, a file of prompts, anything else by datasets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf_pipeline.core import hub, schema
+from rlhf_pipeline.core.command import BadUse
+from rlhf_pipeline.core.files import read_json, sha256_of
+from rlhf_pipeline.core.storage.layout import CARD, PROVENANCE, partial_folder, shard_files
+from rlhf_pipeline.core.storage.prompt_files import open_file
+from rlhf_pipeline.core.storage.references import Ref, parse_ref
+from rlhf_pipeline.core.storage.sources import Source, make_source, parquet_tables
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def open_source(text: str, *, flag: str, split: str | None = "train") -> Source:
+    """Open one split of the dataset that `text` names (None: its only split).
+
+    Raises BadUse when it does not exist, has no such split, has no rows, or is a sharded output not yet whole.
+    """
+    ref = parse_ref(text, flag=flag)
+    if ref.path is not None and ref.path.is_file():
+        source = open_file(ref, flag)
+    elif ref.path is not None:
+        source = _open_folder(ref, ref.path, split, flag)
+    else:
+        source = _open_hub(ref, split, flag)
+    if source.num_rows == 0:
+        raise BadUse(f"{flag} {text} has no rows in split {source.split}; pass a dataset that has some.")
+    return source
+
+
+def _open_hub(ref: Ref, split: str | None, flag: str) -> Source:
+    commit, names = hub.look_up(str(ref.repo_id), "dataset", ref.revision, flag=flag)
+    if PROVENANCE in names:
+        folder = hub.download(
+            str(ref.repo_id), "dataset", commit, patterns=(CARD, PROVENANCE, "data/*", "*.jsonl"), flag=flag
+        )
+        return _open_folder(ref, folder, split, flag, fingerprint=commit)
+    return _open_foreign(ref, str(ref.repo_id), split, flag, revision=commit, fingerprint=commit)
+
+
+def _open_folder(ref: Ref, folder: Path, split: str | None, flag: str, *, fingerprint: str | None = None) -> Source:
+    if not folder.is_dir():
+        partial = partial_folder(folder)
+        hint = (
+            f"it is being written in {partial}: run that stage's command again to finish it"
+            if partial.is_dir()
+            else ("check the name, or run the stage that writes it")
+        )
+        raise BadUse(f"{flag} {ref.text} does not exist; {hint}.")
+    provenance = read_json(folder / PROVENANCE)
+    shards = shard_files(folder, flag)
+    fingerprint = fingerprint or sha256_of(
+        [path for paths in shards.values() for path in paths] or list(folder.rglob("*.parquet")),
+        relative_to=folder,
+    )
+    if not shards:
+        return _open_foreign(ref, str(folder), split, flag, revision=None, fingerprint=fingerprint)
+    name = _choose_split(tuple(shards), split, ref.text, flag)
+    import pyarrow.parquet as pq
+
+    files = shards[name]
+    metadata = [pq.read_metadata(path) for path in files]
+    columns = tuple(pq.read_schema(files[0]).names)
+    counts = [item.num_rows for item in metadata]
+    return make_source(
+        ref, name, tuple(shards), columns, sum(counts), fingerprint, provenance, folder,
+        lambda names, size, start, stop: parquet_tables(files, counts, names, size, start, stop),
+    )  # fmt: skip
+
+
+def _open_foreign(
+    ref: Ref, location: str, split: str | None, flag: str, *, revision: str | None, fingerprint: str
+) -> Source:
+    import datasets
+
+    try:
+        with hub.explained(location, "dataset", flag):
+            loaded = datasets.load_dataset(location, revision=revision)
+    except (ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise BadUse(f"{flag} {ref.text} can't be read as a dataset: {str(error).splitlines()[0]}") from error
+    name = _choose_split(tuple(loaded), split, ref.text, flag)
+    data = loaded[name].with_format("arrow")
+
+    def tables(names: Sequence[str], size: int, start: int, stop: int) -> Iterator[pa.Table]:
+        chosen = data.select_columns(list(names))
+        for low in range(start, stop, size):
+            yield chosen[low : min(low + size, stop)].select(list(names))
+
+    return make_source(
+        ref, name, tuple(loaded), tuple(data.column_names), len(data), fingerprint, None, None, tables
+    )  # fmt: skip
+
+
+def _choose_split(splits: tuple[str, ...], wanted: str | None, text: str, flag: str) -> str:
+    if wanted is None and len(splits) == 1:
+        return splits[0]
+    for name in (wanted, schema.TUTORIAL_SPLITS.get(wanted or "")):
+        if name in splits:
+            return str(name)
+    raise BadUse(f"{flag} {text} has no split {wanted}; it has {', '.join(splits)}: choose with --split.")
