@@ -48,10 +48,17 @@ def make_rows(chat: Chat, prompts: list[str], seed: int, longest: int = 24) -> l
 
 
 def write_pairs(
-    folder: Path, policy: Path, prompts: list[str], *, test: int = 8, temperature: float = 0.8, seed: int = 0
+    folder: Path,
+    policy: Path,
+    prompts: list[str],
+    *,
+    test: int = 8,
+    temperature: float = 0.8,
+    seed: int = 0,
+    chat_template: Path | None = None,
 ) -> Path:
     """A dataset of pairs for `policy` with the splits train and test. Returns `folder`."""
-    chat = Chat.load(policy)
+    chat = Chat.load(policy, chat_template=None if chat_template is None else str(chat_template))
     splits = {"train": make_rows(chat, prompts, seed), "test": make_rows(chat, prompts[:test], seed + 1)}
     with open_output(folder, {"command": "filter", "seed": seed}, overwrite=False) as output:
         for split, rows in splits.items():

@@ -280,9 +280,9 @@ def save(engine: Engine, start: Path, plan: Plan, config: Config) -> None:
     state_dict = engine.accelerator.get_state_dict(engine.model)
 
     def write() -> None:
-        models.save_policy(engine.accelerator.unwrap_model(engine.model), state_dict, start=start, folder=folder)
-        if config.chat_template is not None:
-            shutil.copyfile(config.chat_template, folder / "chat_template.jinja")
+        policy = engine.accelerator.unwrap_model(engine.model)
+        template = None if config.chat_template is None else Path(config.chat_template)
+        models.save_policy(policy, state_dict, start=start, folder=folder, chat_template=template)
         made = provenance.describe(
             command="sft",
             config={name: value for name, _, value in fields_with_roles(config)},

@@ -37,11 +37,12 @@ from rlhf_pipeline.core.command import (
 )
 from rlhf_pipeline.core.logps import install
 from rlhf_pipeline.core.progress import Metrics, duration, is_main, read_metrics, say
-from rlhf_pipeline.core.training import checkpoints, losses
+from rlhf_pipeline.core.training import checkpoints, lora, losses
 from rlhf_pipeline.core.training.distributed import (
     Engine,
     clean_exit,
     describe_launch,
+    is_deepspeed,
     load_dtype,
     main_process_first,
     make_accelerator,
@@ -50,6 +51,7 @@ from rlhf_pipeline.core.training.distributed import (
     say_launch,
     sum_over_ranks,
 )
+from rlhf_pipeline.core.training.lora import Lora
 from rlhf_pipeline.core.training.losses import (
     Dpo,
     Ipo,
@@ -73,7 +75,7 @@ from rlhf_pipeline.core.training.passes import (
     pair_logps,
     split_logps,
 )
-from rlhf_pipeline.core.training.reference import reference_logps
+from rlhf_pipeline.core.training.reference import given_logps, reference_logps
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -102,6 +104,7 @@ class Config:
     sft_weight: What[float] = 0.0
     """Weight of the chosen response's mean negative log-prob per token, added to any loss."""
 
+    lora: Lora = Lora()
     lr: What[float] = 3e-7
     """Peak learning rate."""
     warmup_ratio: What[float] = 0.1
@@ -122,6 +125,10 @@ class Config:
     """Stop after this many pairs, if that is less than the epochs."""
     temperature: Annotated[What[float | None], tyro.conf.arg(aliases=("--task.temperature",))] = None
     """Sampling temperature of the responses; None takes it from the pairs' provenance."""
+    chat_template: What[str | None] = None
+    """File with the chat template that the pairs were made with, where it is not the model's; the policy keeps it."""
+    reference_from_input: What[bool] = False
+    """Take the reference log-probs that the pairs bring as chosen_logp (chosen_logprob) instead of computing them."""
     seed: What[int] = 555134
     """Decides the order of the pairs."""
 
@@ -135,6 +142,8 @@ class Config:
     """Accepted for the tutorial's sake: the pairs know their lengths."""
     maxlen: Annotated[How[int | None], tyro.conf.arg(aliases=("--task.maxlen",))] = None
     """Accepted for the tutorial's sake: the pairs know their lengths."""
+    reference_tolerance: How[float] = 1.0
+    """Mean |log_ratio|, nats, before the first update above which the reference counts as another model's."""
     attn_implementation: How[models.Attention] = "auto"
     """auto: flash_attention_2 where installed, else sdpa; nothing is ever downloaded."""
     gradient_checkpointing: How[bool] = False
@@ -160,6 +169,10 @@ class Config:
 
 NOT_PUSHED = ("reference/*", "checkpoints/*", "tensorboard/*", "wandb/*", "metrics.jsonl", "fingerprint.json")
 LOSSES = ("rebel", "dpo", "ipo", "simpo", "kto", "orpo", "sppo")
+PLACES = ("input_repo", "output_dir", "base_model", "chat_template")
+"""Fields that name things: what they hold counts, by its fingerprint, not what they are called."""
+PROMPTS_RENDERED = 16
+"""Prompts of a dataset made elsewhere that are rendered again."""
 
 
 # What is to be done
@@ -178,6 +191,7 @@ class Plan:
     temperature_from: str
     updates: int
     pairs_left_over: int
+    adapters: lora.Size | None
     identity: dict[str, Any]
 
 
@@ -202,12 +216,13 @@ def check_values(config: Config) -> None:
         if name != config.loss and getattr(config, name) != type(getattr(config, name))():
             raise BadUse(f"a --{name} flag is set, but --loss is {config.loss}: drop it, or pass --loss {name}.")
     losses.check_values(getattr(config, config.loss), f"--{config.loss}")
+    lora.check_values(config.lora)
 
 
 def make_plan(config: Config) -> Plan:
     """Resolve and check inputs. Raises BadUse with one sentence for what can't be trained on."""
     model = models.resolve_model(config.base_model, flag="--base_model")
-    chat = Chat.load(model.folder)
+    chat = Chat.load(model.folder, chat_template=config.chat_template, flag="--base_model")
     source = storage.open_source(config.input_repo, flag="--input_repo", split="train")
     check_same_tokenizer(source, chat, config.base_model)
     train = load_pairs(source, pad_id=chat.pad_id, end_ids=chat.end_ids)
@@ -219,17 +234,26 @@ def make_plan(config: Config) -> Plan:
         raise BadUse(
             f"--loss {config.loss} needs the column rewards, which {config.input_repo} lacks: filter writes it."
         )
+    check_same_prompts(source, train, chat)
+    if config.reference_from_input:
+        check_given_reference(config, source, [train, *([test] if test else [])])
     updates, left_over = count_updates(len(train), config)
     temperature, temperature_from = choose_temperature(config, source)
+    adapters = None
+    if config.lora.r is not None:
+        adapters = lora.measure(model.folder, config.lora, trust_remote_code=config.trust_remote_code)
     inputs = {"pairs": source.fingerprint, "model": models.fingerprint(model)}
-    what = {**what_fields(config), "temperature": temperature}
-    for name in ("input_repo", "output_dir", "base_model"):
-        del what[name]
-    what = {
-        name: value for name, value in what.items() if name.split(".")[0] in {config.loss, *(set(what) - set(LOSSES))}
-    }
-    identity = {"command": "train", "what": what, "inputs": inputs}
-    return Plan(model, chat, train, test, source, temperature, temperature_from, updates, left_over, identity)
+    if config.chat_template is not None:
+        inputs["chat"] = chat.template_hash
+    identity = {"command": "train", "what": {**what_decides(config), "temperature": temperature}, "inputs": inputs}
+    return Plan(model, chat, train, test, source, temperature, temperature_from, updates, left_over, adapters, identity)
+
+
+def what_decides(config: Config) -> dict[str, Any]:
+    """The fields that decide the weights, but for those that name places and those of what is not used."""
+    unused = {*LOSSES} - {config.loss} | ({"lora"} if config.lora.r is None else set())
+    what = what_fields(config)
+    return {name: what[name] for name in what if name not in PLACES and name.split(".")[0] not in unused}
 
 
 def check_same_tokenizer(source: storage.Source, chat: Chat, model: str) -> None:
@@ -242,8 +266,42 @@ def check_same_tokenizer(source: storage.Source, chat: Chat, model: str) -> None
         if made_with[key] != ours[key]:
             raise BadUse(
                 f"{source.name} was tokenized with another {word} ({made_with[key][:12]}) than that of --base_model "
-                f"{model} ({ours[key][:12]}): run filter with --model {model}, or train the model that filter had."
+                f"{model} ({ours[key][:12]}): run filter with --model {model}, train the model that filter had, or "
+                "pass the --chat_template that it had."
             )
+
+
+def check_same_prompts(source: storage.Source, pairs: PairData, chat: Chat) -> None:
+    """Raise BadUse if pairs that don't say what made them have prompts that the template renders otherwise."""
+    if "chat" in (source.provenance or {}) or "prompt" not in source.columns:
+        return
+    prompts = [row["prompt"] for row in source.rows(["prompt"], stop=PROMPTS_RENDERED)]
+    for row, ours in enumerate(chat.encode_prompts(prompts)):
+        theirs = pairs.prompt[row].tolist()
+        if ours != theirs:
+            raise BadUse(
+                f"{source.name} doesn't say what made it, and its prompt {row} has {len(theirs)} tokens, not the "
+                f"{len(ours)} that the chat template of {chat.name} makes of it: pass the --base_model or the "
+                "--chat_template that it was made with."
+            )
+
+
+def check_given_reference(config: Config, source: storage.Source, splits: list[PairData]) -> None:
+    """Raise BadUse if the pairs' own log-probs can't be the reference: not asked for, not there, not numbers."""
+    loss = getattr(config, config.loss)
+    if not loss.needs_reference:
+        raise BadUse(f"--reference_from_input is set, but --loss {config.loss} has no reference: drop it.")
+    if loss.needs_mismatched:
+        raise BadUse(f"--reference_from_input lacks the mismatched pairs that --loss {config.loss} needs: drop it.")
+    name = f"--reference_from_input: {source.name}"
+    for pairs in splits:
+        if pairs.chosen_logp is None or pairs.rejected_logp is None:
+            raise BadUse(
+                f"{name} has no columns chosen_logp and rejected_logp (or chosen_logprob and reject_logprob) in every "
+                "split; drop the flag, and they are computed."
+            )
+        if not np.isfinite(pairs.chosen_logp + pairs.rejected_logp).all():
+            raise BadUse(f"{name} has log-probs that are no numbers; drop the flag, and they are computed.")
 
 
 def choose_temperature(config: Config, source: storage.Source) -> tuple[float, str]:
@@ -275,10 +333,26 @@ def print_plan(plan: Plan, config: Config) -> None:
     say(f"pairs      {plan.train_source.ref}: {len(plan.train):,} train, {len(plan.test or []):,} test")
     say(f"tokens     {lengths.sum():,} with their prompts, longest {lengths.max():,}")
     say(f"model      {plan.model.text} -> {config.output_dir}")
+    if plan.adapters is not None:
+        size = plan.adapters
+        say(f"LoRA       rank {config.lora.r} on {size.layers} layers: {size.trained:,} of {size.total:,} weights")
     say(f"updates    {plan.updates} of {config.batch_size} pairs; {plan.pairs_left_over} pairs left over are dropped")
     say(f"loss       {config.loss}, learning rate {config.lr:g}")
+    say(f"reference  {describe_reference(plan, config)}")
     say(f"temperature {plan.temperature:g} from {plan.temperature_from}")
     say(f"margin     mean {margins.mean():.4g}, largest {margins.max():.4g} reward units")
+
+
+def describe_reference(plan: Plan, config: Config) -> str:
+    """Where the reference log-probs come from, in words."""
+    if not getattr(config, config.loss).needs_reference:
+        return f"none, {config.loss} needs no reference"
+    renamed = ", ".join(f"{old} as {new}" for old, new in plan.train_source.renamed.items() if new.endswith("_logp"))
+    columns = "chosen_logp and rejected_logp" + (f" (read {renamed})" if renamed else "")
+    if config.reference_from_input:
+        return f"the pairs' columns {columns}"
+    ignored = f"; the pairs' {columns} are left alone" if plan.train.chosen_logp is not None else ""
+    return f"{plan.model.text}, asked before the first update{ignored}"
 
 
 def check_pending(config: Config, pending: dict[str, int]) -> None:
@@ -316,16 +390,23 @@ def with_reference(engine: Engine, plan: Plan, config: Config, loss: Loss) -> di
     data = {"train": plan.train} | ({"test": plan.test} if plan.test else {})
     if not loss.needs_reference:
         return {name: Split(pairs, None) for name, pairs in data.items()}
-    mismatched = {name: mismatch(pairs) for name, pairs in data.items()} if loss.needs_mismatched else {}
     folder = Path(config.output_dir)
+    untouched = checkpoints.latest(folder / "checkpoints") is None
+    passes: dict[str, Any] = {
+        "temperature": plan.temperature,
+        "limits": limits_of(config),
+        "tolerance": config.reference_tolerance if untouched else None,
+    }
+    if config.reference_from_input:
+        given = given_logps(engine, data, plan.train_source.name, **passes)
+        return {name: Split(pairs, given[name]) for name, pairs in data.items()}
+    mismatched = {name: mismatch(pairs) for name, pairs in data.items()} if loss.needs_mismatched else {}
     logps = reference_logps(
         engine,
         data | {f"mismatched_{name}": pairs for name, pairs in mismatched.items()},
         folder / "reference",
         {"inputs": plan.identity["inputs"], "temperature": plan.temperature},
-        temperature=plan.temperature,
-        limits=limits_of(config),
-        untouched=checkpoints.latest(folder / "checkpoints") is None,
+        **passes,
     )
     return {
         name: Split(pairs, logps[name], mismatched.get(name), logps.get(f"mismatched_{name}"))
@@ -503,9 +584,13 @@ def load(accelerator: Accelerator, plan: Plan, config: Config) -> Engine:
         models.load_config(path, trust_remote_code=trust),
         half_precision=accelerator.mixed_precision == "bf16",
     )
-    model = models.load_policy(
-        path, dtype=load_dtype(accelerator), attn_implementation=attention, trust_remote_code=trust
-    )
+    dtype = load_dtype(accelerator)
+    if config.lora.r is not None and not is_deepspeed(accelerator):
+        dtype = lora.base_dtype(path, accelerator.mixed_precision)
+    model: Any = models.load_policy(path, dtype=dtype, attn_implementation=attention, trust_remote_code=trust)
+    if config.lora.r is not None:
+        model = lora.attach(model, config.lora, seed=config.seed, float32=not is_deepspeed(accelerator))
+        torch.manual_seed(config.seed + accelerator.process_index)  # of its dropout
     install(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -527,7 +612,13 @@ def save(engine: Engine, plan: Plan, config: Config, loss: Loss) -> None:
 
     def write() -> None:
         start = models.fetch_weights(plan.model, flag="--base_model")
-        models.save_policy(engine.accelerator.unwrap_model(engine.model), state_dict, start=start, folder=folder)
+        policy, weights = engine.accelerator.unwrap_model(engine.model), state_dict
+        if config.lora.r is not None:
+            lora.save_adapter(state_dict, config.lora, folder, base=plan.model.text)
+            policy = policy.get_base_model()
+            weights = lora.merged(state_dict, config.lora, dtype=models.stored_dtype(start))
+        template = None if config.chat_template is None else Path(config.chat_template)
+        models.save_policy(policy, weights, start=start, folder=folder, chat_template=template)
         made = describe_policy(engine.accelerator, plan, config, loss)
         storage.finish_run(folder, plan.identity, made, policy_card(made, plan, folder))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -548,6 +639,7 @@ def describe_policy(accelerator: Accelerator, plan: Plan, config: Config, loss: 
         dropped={"left over after the last whole update": plan.pairs_left_over},
         engine=describe_launch(accelerator),
         loss={"name": config.loss, **dataclasses.asdict(loss)},
+        reference=describe_reference(plan, config),
         temperature=plan.temperature,
         chat=plan.chat.describe(),
     )

@@ -208,6 +208,97 @@ def test_pairs_of_another_tokenizer_are_refused_naming_both(here, tmp_path, tiny
         train.main(Config(str(pairs), str(tmp_path / "out"), str(tiny_policy)))
 
 
+def publish(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> str:
+    """A dataset that says nothing of what made it. Returns its reference."""
+    with storage.open_output(folder, {"rows": str(splits)}, overwrite=False) as output:
+        for split, rows in splits.items():
+            output.write_shard(split, 0, pa.Table.from_pylist(rows))
+        output.publish({}, "")
+    return str(folder)
+
+
+@pytest.fixture
+def pairs_with_log_probs(here, pairs, tmp_path):
+    """`pairs_with_log_probs(off=0.0)`: the pairs with the reference log-probs of a run, in the published names."""
+    folder, _ = here("first")
+
+    def make(off: float = 0.0) -> str:
+        splits = {}
+        for split in ("train", "test"):
+            rows = list(storage.open_source(str(pairs), flag="--x", split=split).rows())
+            kept = list(storage.open_source(str(folder / "reference"), flag="--x", split=split).rows())
+            splits[split] = [
+                {**row, "chosen_logprob": log["chosen_logp"] + off, "reject_logprob": log["rejected_logp"] + off}
+                for row, log in zip(rows, kept, strict=True)
+            ]
+        return publish(tmp_path / f"off_by_{off}", splits)
+
+    return make
+
+
+def test_log_probs_that_the_pairs_bring_are_the_reference_only_when_asked_for(here, pairs_with_log_probs, capsys):
+    brought = pairs_with_log_probs()
+    folder, asked = here("asked", input_repo=brought, reference_from_input=True)
+    assert not (folder / "reference").exists()
+    said = capsys.readouterr().out
+    assert "the pairs' columns chosen_logp and rejected_logp (read chosen_logprob as chosen_logp" in said
+    folder, computed = here("computed", input_repo=brought)
+    assert (folder / "reference").exists()
+    assert (
+        "(read chosen_logprob as chosen_logp, reject_logprob as rejected_logp) are left alone"
+        in capsys.readouterr().out
+    )
+    assert [line["loss"] for line in asked] == pytest.approx([line["loss"] for line in computed], rel=1e-5)
+
+
+def test_log_probs_of_another_model_are_refused_unless_told_otherwise(here, pairs_with_log_probs):
+    brought = pairs_with_log_probs(off=7.0)
+    with pytest.raises(BadUse, match=r"\|log_ratio\| is 7 nats on average, expected at most 1: .* another model's"):
+        here("far", input_repo=brought, reference_from_input=True)
+    _, metrics = here("told", input_repo=brought, reference_from_input=True, reference_tolerance=8.0)
+    assert metrics[0]["chosen_log_ratio"] == pytest.approx(-7, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("loss", "sentence"),
+    [
+        ("dpo", r"has no columns chosen_logp and rejected_logp \(or chosen_logprob and reject_logprob\)"),
+        ("simpo", r"--reference_from_input is set, but --loss simpo has no reference"),
+        ("kto", r"lacks the mismatched pairs that --loss kto needs"),
+    ],
+)
+def test_a_reference_that_the_pairs_do_not_have_is_refused(here, loss, sentence):
+    with pytest.raises(BadUse, match=sentence):
+        here(loss=loss, rebel=Rebel(), reference_from_input=True)
+
+
+def test_pairs_made_with_a_template_file_need_it_and_the_policy_keeps_it(here, tiny_policy, tmp_path):
+    """Another header for the assistant: other ids in every prompt. Loaded anew, the policy speaks by that template."""
+    from rlhf_pipeline.core.chat import Chat
+
+    template = tmp_path / "other.jinja"
+    own = (tiny_policy / "chat_template.jinja").read_text()
+    template.write_text(own.replace("'assistant'", "'helper'").replace("assistant<", "helper<"))
+    assert template.read_text() != own
+    made_with_it = str(write_pairs(tmp_path / "pairs", tiny_policy, PROMPTS, chat_template=template))
+    with pytest.raises(
+        BadUse, match=r"tokenized with another chat template .* or pass the --chat_template that it had"
+    ):
+        here(input_repo=made_with_it)
+    folder, _ = here(input_repo=made_with_it, chat_template=str(template))
+    assert (folder / "chat_template.jinja").read_bytes() == template.read_bytes()
+    assert Chat.load(folder).template_hash == Chat.load(tiny_policy, chat_template=str(template)).template_hash
+    with pytest.raises(BadUse, match="tokenized with another chat template"):
+        here("without", chat_template=str(template))
+
+
+def test_pairs_that_do_not_say_what_made_them_are_rendered_again(here, pairs, tmp_path):
+    rows = list(storage.open_source(str(pairs), flag="--x").rows())
+    rows[2]["prompt"] += " Please."
+    with pytest.raises(BadUse, match=r"doesn't say what made it, and its prompt 2 has \d+ tokens, not the \d+ that"):
+        here(input_repo=publish(tmp_path / "elsewhere", {"train": rows}))
+
+
 def test_rewards_that_are_not_finite_are_refused(tmp_path, tiny_policy):
 
     from rlhf_pipeline.core.chat import Chat

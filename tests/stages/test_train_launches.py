@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,10 +70,22 @@ def finish(process: subprocess.Popen[str]) -> str:
     return output
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
+def weights(folder: Path, name: str = "model") -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    return load_file(folder / "model.safetensors")
+    return load_file(folder / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def bf16_policy(tiny_policy, tmp_path_factory) -> Path:
+    """The tiny policy stored in bf16."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("bf16") / "policy"
+    shutil.copytree(tiny_policy, folder, ignore=shutil.ignore_patterns("fingerprint.json"))
+    halved = {name: value.bfloat16() for name, value in weights(tiny_policy).items()}
+    save_file(halved, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +167,7 @@ def test_sigterm_saves_the_update_under_way_and_the_next_run_goes_on(start, argu
     assert f"resumed    after update {done}" in finish(start(command))
 
 
-@pytest.mark.parametrize(
+OTHER_LAUNCHES = pytest.mark.parametrize(
     ("launcher", "env"),
     [
         ([*ACCELERATE, "--config_file", "accelerate_cfgs/deepspeed_config_stage_2.yaml", "--num_processes", "2"], {}),
@@ -166,6 +179,9 @@ def test_sigterm_saves_the_update_under_way_and_the_next_run_goes_on(start, argu
     ],
     ids=["zero 2", "ddp", "one process"],
 )
+
+
+@OTHER_LAUNCHES
 def test_launch_modes_agree(start, arguments, uninterrupted, launcher, env, tmp_path):
     """Losses, gradient norms and held-out losses of ZeRO-3 on two processes to 1e-4 relative."""
     folder = tmp_path / "policy"
@@ -174,6 +190,50 @@ def test_launch_modes_agree(start, arguments, uninterrupted, launcher, env, tmp_
     for name in ("loss", "grad_norm", "test_loss"):
         found = [line[name] for line in ours if name in line]
         assert found == pytest.approx([line[name] for line in theirs if name in line], rel=1e-4), name
+
+
+@pytest.fixture(scope="module")
+def with_lora(arguments) -> list[str]:
+    return [*arguments, "--lora.r", "4", "--lora.alpha", "8", "--lr", "3e-3"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_lora(start, with_lora, tmp_path_factory) -> Path:
+    """The policy of a run with LoRA under ZeRO-3 on two processes."""
+    folder = tmp_path_factory.mktemp("uninterrupted_lora") / "policy"
+    finish(start([*ACCELERATE, *ZERO_3, *with_lora, "--output_dir", str(folder)]))
+    return folder
+
+
+@OTHER_LAUNCHES
+def test_launch_modes_agree_with_lora(start, with_lora, uninterrupted_lora, launcher, env, tmp_path):
+    """Losses and gradient norms of ZeRO-3 to 1e-4 relative, and the merged weights that each launch gathers."""
+    folder = tmp_path / "policy"
+    finish(start([*launcher, *with_lora, "--output_dir", str(folder)], **env))
+    ours, theirs = (read_metrics(path / "metrics.jsonl") for path in (folder, uninterrupted_lora))
+    for name in ("loss", "grad_norm", "test_loss"):
+        found = [line[name] for line in ours if name in line]
+        assert found == pytest.approx([line[name] for line in theirs if name in line], rel=1e-4), name
+    for name, value in weights(uninterrupted_lora).items():
+        assert (value - weights(folder)[name]).abs().mean() < 1e-5, name
+
+
+def test_lora_killed_under_zero_3_ends_with_the_same_bits(start, with_lora, uninterrupted_lora, tmp_path):
+    """From a checkpoint smaller than the model: neither frozen weights nor an optimizer state of theirs are there."""
+    folder = tmp_path / "policy"
+    command = [*ACCELERATE, *ZERO_3, *with_lora, "--output_dir", str(folder)]
+    process = start(command)
+    wait_for(folder / "checkpoints" / "update-2" / "state.json", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    saved = sum(path.stat().st_size for path in (folder / "checkpoints" / "update-2").rglob("*.pt"))
+    assert saved < sum(4 * value.numel() for value in weights(uninterrupted_lora).values())
+    assert "resumed    after update" in finish(start(command))
+    assert [line["loss"] for line in read_metrics(folder / "metrics.jsonl")] == [
+        line["loss"] for line in read_metrics(uninterrupted_lora / "metrics.jsonl")
+    ]
+    for name, value in weights(uninterrupted_lora).items():
+        assert torch.equal(value, weights(folder)[name]), name
 
 
 def test_another_world_size_than_the_checkpoints_is_refused(start, arguments, tmp_path):
@@ -207,3 +267,25 @@ def test_50_bf16_updates_at_the_tutorials_learning_rate_move_most_master_weights
     moved, moved_in_bf16 = (float(x) for x in output.strip().splitlines()[-1].split())
     assert moved > 0.5
     assert moved_in_bf16 < 0.2
+
+
+@pytest.mark.parametrize(
+    ("launcher", "env"),
+    [
+        ([*ACCELERATE[:-2], "--mixed_precision", "bf16", *ZERO_3], {}),
+        ([sys.executable], {"ACCELERATE_MIXED_PRECISION": "bf16"}),
+    ],
+    ids=["zero 3", "one process"],
+)
+def test_lora_over_a_bf16_model_learns_and_leaves_a_bf16_policy(
+    start, with_lora, bf16_policy, launcher, env, tmp_path, uninterrupted_lora
+):
+    """Losses within bf16's rounding of those in float32, and adapters that one process keeps in float32."""
+    folder = tmp_path / "policy"
+    finish(start([*launcher, *with_lora, "--base_model", str(bf16_policy), "--output_dir", str(folder)], **env))
+    ours, exact = (read_metrics(path / "metrics.jsonl") for path in (folder, uninterrupted_lora))
+    gaps, expected = ([line["log_ratio_gap"] for line in lines] for lines in (ours, exact))
+    assert gaps == pytest.approx(expected, abs=0.6)
+    assert {value.dtype for value in weights(folder).values()} == {torch.bfloat16}
+    kept = torch.float32 if env else torch.bfloat16
+    assert {value.dtype for value in weights(folder / "adapter", "adapter_model").values()} == {kept}

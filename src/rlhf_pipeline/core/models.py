@@ -44,6 +44,8 @@ TOKENIZER_FILES = (
 )
 DESCRIPTION_FILES = (CONFIG, "generation_config.json", *TOKENIZER_FILES)
 WEIGHT_FILES = ("*.safetensors", INDEX)
+CHAT_TEMPLATE = "chat_template.jinja"
+"""Where it stands it is the template, whatever tokenizer_config.json says."""
 PARTIAL_POLICY = ".policy"
 """Where a policy is written inside its folder before it appears there."""
 
@@ -105,7 +107,7 @@ def _check_files(folder: Path, names: Iterable[str], what: str, chat_template: b
 
 def has_chat_template(folder: Path) -> bool:
     """Whether a model folder brings a chat template, in any of the three places where it may stand."""
-    if (folder / "chat_template.jinja").exists() or (folder / "chat_template.json").exists():
+    if (folder / CHAT_TEMPLATE).exists() or (folder / "chat_template.json").exists():
         return True
     return bool((read_json(folder / "tokenizer_config.json") or {}).get("chat_template"))
 
@@ -247,13 +249,20 @@ def disable_dropout(config: PretrainedConfig) -> None:
                 setattr(part, name, 0.0)
 
 
-def save_policy(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], *, start: Path, folder: Path) -> None:
+def save_policy(
+    model: PreTrainedModel,
+    state_dict: Mapping[str, torch.Tensor],
+    *,
+    start: Path,
+    folder: Path,
+    chat_template: Path | None = None,
+) -> None:
     """Write `state_dict` as a policy into `folder`, which generate --model, vLLM and from_pretrained load.
 
     `model` gives the names that the weights have on disk; `start` is the folder it was loaded from, whose
     dtype the weights are cast to and whose config, generation config (with its stop ids), tokenizer and chat
-    template are copied byte for byte. config.json arrives last and leaves first, so no one ever loads half a
-    policy; other things in `folder` stay. Call it on one rank.
+    template (or the file `chat_template` in its place) are copied byte for byte. config.json arrives last and
+    leaves first, so no one ever loads half a policy; other things in `folder` stay. Call it on one rank.
     """
     partial = folder / PARTIAL_POLICY
     if partial.exists():
@@ -262,6 +271,8 @@ def save_policy(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], 
     _save_weights(model, _cast(state_dict, stored_dtype(start)), partial)
     for name in files_matching(start, DESCRIPTION_FILES):
         shutil.copyfile(start / name, partial / name)
+    if chat_template is not None:
+        shutil.copyfile(chat_template, partial / CHAT_TEMPLATE)
     for path in partial.iterdir():
         sync_file(path)
 

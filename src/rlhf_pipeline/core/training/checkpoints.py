@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_pipeline.core.command import EXIT_TERMINATED, BadUse, WorkFailed
 from rlhf_pipeline.core.files import read_json, sync_file, sync_folder, write_json
 from rlhf_pipeline.core.progress import bar, say
-from rlhf_pipeline.core.training.distributed import any_rank, describe_launch, main_process_first
+from rlhf_pipeline.core.training.distributed import any_rank, describe_launch, is_deepspeed, main_process_first
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,10 +40,27 @@ def save(accelerator: Accelerator, folder: Path, update: int, *, keep: int) -> N
     final = folder / f"update-{update}"
     temporary = folder / f".update-{update}.tmp"
     main_process_first(accelerator, lambda: shutil.rmtree(temporary, ignore_errors=True))
-    accelerator.save_state(str(temporary), safe_serialization=True)
+    _save_state(accelerator, temporary)
     accelerator.wait_for_everyone()
     launch = {key: describe_launch(accelerator)[key] for key in LAUNCH_KEYS}
     main_process_first(accelerator, lambda: _commit(temporary, final, {"update": update, "launch": launch}, keep))
+
+
+def _save_state(accelerator: Accelerator, folder: Path) -> None:
+    """accelerate's save_state without frozen weights: nothing changes them, so the starting model still has them."""
+    hook = accelerator.register_save_state_pre_hook(_leave_out_frozen)
+    try:
+        leave_out = {"exclude_frozen_parameters": True} if is_deepspeed(accelerator) else {}
+        accelerator.save_state(str(folder), safe_serialization=True, **leave_out)
+    finally:
+        hook.remove()
+
+
+def _leave_out_frozen(prepared: list[Any], weights: list[dict[str, Any]], folder: str) -> None:
+    for model, state_dict in zip(prepared, weights, strict=False):  # DeepSpeed writes its own, and leaves none here
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if not parameter.requires_grad:
+                state_dict.pop(name, None)
 
 
 def _commit(temporary: Path, final: Path, state: dict[str, Any], keep: int) -> None:
@@ -78,7 +95,9 @@ def check_launch(checkpoint: Path, launch: dict[str, Any]) -> None:
 def load(accelerator: Accelerator, checkpoint: Path) -> None:
     """Restore model, optimizer and RNG state (after prepare). Raises BadUse for another launch's checkpoint."""
     check_launch(checkpoint, describe_launch(accelerator))
-    accelerator.load_state(str(checkpoint))
+    # frozen weights are not in it
+    lenient = {"load_module_strict": False} if is_deepspeed(accelerator) else {"strict": False}
+    accelerator.load_state(str(checkpoint), **lenient)
 
 
 def updates_done(folder: Path) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rlhf_pipeline.core import provenance, storage
-from rlhf_pipeline.core.command import WorkFailed
+from rlhf_pipeline.core.command import BadUse, WorkFailed
 from rlhf_pipeline.core.progress import bar, is_main, say
 from rlhf_pipeline.core.training.distributed import Engine, describe_launch, main_process_first
 from rlhf_pipeline.core.training.pairs import PairData
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 BLOCK = 2048
 """Pairs per shard: what a killed pass loses at most."""
-NOT_THE_REFERENCE = 1.0
-"""Nats: a mean |log_ratio| before the first update beyond this means that the reference is another model's."""
+PAIRS_CHECKED = 8
+"""Pairs per process whose |log_ratio| is looked at before the first update."""
 
 
 def reference_logps(
@@ -33,12 +33,12 @@ def reference_logps(
     *,
     temperature: float,
     limits: Limits,
-    untouched: bool,
+    tolerance: float | None,
 ) -> dict[str, Logps]:
     """{split: (n, 2) chosen and rejected log-probs in nats}, from `folder` if it holds them, else by `model`.
 
-    Collective. `key` is what decides them (fingerprints of model and pairs, temperature). `untouched`: the model has
-    not been updated yet, so |log_ratio| must be about zero, which is checked and printed.
+    Collective. `key` is what decides them (fingerprints of model and pairs, temperature). `tolerance`: the mean
+    |log_ratio|, nats, that a model may show before its first update; it is about zero, and printed. None: don't look.
     Raises BadUse if `folder` holds those of another key, WorkFailed if they turn out not to be this model's.
     """
     identity = {"command": "reference", "splits": list(splits), **key}
@@ -49,8 +49,39 @@ def reference_logps(
             _compute(engine, splits, storage.partial_folder(folder), output, temperature, limits)
             main_process_first(engine.accelerator, lambda: _publish(output, splits, key, engine))
     found = {split: _read(folder, split, data) for split, data in splits.items()}
-    if untouched:
-        _check(engine, splits["train"], found["train"], folder, temperature, limits)
+    log_ratio = _look(engine, splits["train"], found["train"], temperature, limits, tolerance)
+    if tolerance is not None and log_ratio > tolerance:
+        raise WorkFailed(
+            f"before the first update |log_ratio| is {log_ratio:.3g} nats on average, not about zero: {folder} belongs "
+            "to another model. Delete it, or name another --output_dir."
+        )
+    return found
+
+
+def given_logps(
+    engine: Engine,
+    splits: dict[str, PairData],
+    name: str,
+    *,
+    temperature: float,
+    limits: Limits,
+    tolerance: float | None,
+) -> dict[str, Logps]:
+    """{split: (n, 2)} that the pairs of the dataset `name` bring themselves; as `reference_logps` otherwise.
+
+    Collective. Raises BadUse if they are too far from what the model says.
+    """
+    found = {
+        split: np.stack([np.asarray(data.chosen_logp), np.asarray(data.rejected_logp)], axis=1)
+        for split, data in splits.items()
+    }
+    log_ratio = _look(engine, splits["train"], found["train"], temperature, limits, tolerance)
+    if tolerance is not None and log_ratio > tolerance:
+        raise BadUse(
+            f"before the first update |log_ratio| is {log_ratio:.3g} nats on average, expected at most {tolerance:g}: "
+            f"the log-probs that {name} brings are another model's, or of another temperature than {temperature:g}. "
+            "Drop --reference_from_input, or raise --reference_tolerance if you know better."
+        )
     return found
 
 
@@ -132,21 +163,20 @@ def _read(folder: Path, split: str, data: PairData) -> Logps:
     return np.array([(row["chosen_logp"], row["rejected_logp"]) for row in rows])
 
 
-def _check(
+def _look(
     engine: Engine,
     data: PairData,
     reference: Logps,
-    folder: Path,
     temperature: float,
     limits: Limits,
-) -> None:
-    some = np.arange(min(len(data), 8 * engine.world_size))
+    tolerance: float | None,
+) -> float:
+    """The mean |log_ratio| of the first pairs, nats, printed with the largest; 0 unless it is asked for."""
+    if tolerance is None:
+        return 0.0
+    some = np.arange(min(len(data), PAIRS_CHECKED * engine.world_size))
     logps = split_logps(engine, data, some, temperature=temperature, limits=limits)
     log_ratio = np.abs(logps - reference[some])
     seen = f"mean {log_ratio.mean():.2g}, largest {log_ratio.max():.2g} nats"
     say(f"check      |log_ratio| before the first update: {seen}")
-    if log_ratio.mean() > NOT_THE_REFERENCE:
-        raise WorkFailed(
-            f"before the first update |log_ratio| is {log_ratio.mean():.3g} nats on average, not about zero: {folder} "
-            "belongs to another model. Delete it, or name another --output_dir."
-        )
+    return float(log_ratio.mean())
