@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from rlhf_pipeline.core import preflight, provenance, storage
+from rlhf_pipeline.core import preflight, provenance, storage, vllm_engine
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import RUN, BadUse, How, RunFlags, What, entry, fields_with_roles, what_fields
 from rlhf_pipeline.core.files import read_json, write_atomic, write_json
@@ -32,7 +32,6 @@ from rlhf_pipeline.core.generation.sampling import (
     SamplingSettings,
     TransformersSampler,
     VllmSampler,
-    bind_cores,
     checkpoint_dtype,
 )
 from rlhf_pipeline.core.progress import bar, duration, say
@@ -201,7 +200,7 @@ def choose_tensor_parallel_size(config: Config, num_heads: int) -> int:
             "pass a divisor of that."
         )
     if not preflight.visible_gpus():
-        bind_cores(size)  # refuses more groups than cores
+        vllm_engine.bind_cores(size)  # refuses more groups than cores
     preflight.check_gpus(size, memory_share=config.engine.gpu_memory_utilization, flag="--tensor_parallel_size")
     return size
 

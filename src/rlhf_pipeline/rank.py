@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -34,9 +35,10 @@ from rlhf_pipeline.core.command import (
 from rlhf_pipeline.core.files import locked
 from rlhf_pipeline.core.progress import bar, duration, is_main, say
 from rlhf_pipeline.core.ranking import reward_report, scoring
-from rlhf_pipeline.core.ranking.network_scorers import Dtype, HeadDtype, ScoringOptions, resolve_dtype
+from rlhf_pipeline.core.ranking.network_scorers import Backend, Dtype, HeadDtype, ScoringOptions, resolve_dtype
 from rlhf_pipeline.core.ranking.reward_columns import COLUMNS, reward_columns, with_prompt_ids, with_rewards
 from rlhf_pipeline.core.ranking.scoring import Combine, Scorer
+from rlhf_pipeline.core.ranking.vllm_scorer import MEMORY_SHARE
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -82,6 +84,8 @@ class Config:
     members. --no_objectives leaves them out."""
     max_length: What[int | None] = None
     """Longest conversation in tokens; a longer one gets no reward, never a cut. None: the model's window."""
+    backend: What[Backend] = "transformers"
+    """What runs a reward model that is a network. vllm takes sequence classifiers with a linear head."""
     dtype: What[Dtype] = "auto"
     """Of the reward model's backbone. auto: bfloat16 on a GPU, float32 on a CPU."""
     head_dtype: What[HeadDtype] = "float32"
@@ -97,7 +101,7 @@ class Config:
     """A response that can't be scored: keep it without a reward and with the reason, or stop the run."""
     batch_tokens: How[int | None] = None
     """Tokens of one batch, padding included; halved when the GPU's memory is too small. None: 32768 on a GPU,
-    2048 on a CPU."""
+    2048 on a CPU, with --backend vllm its own choice."""
     public: How[bool] = False
     """Make an output on the Hub public."""
     run: RUN = RunFlags()
@@ -127,6 +131,8 @@ def check_values(config: Config) -> None:
         raise BadUse("--judge_model and --judge_template go with an endpoint http://HOST/v1 as --reward_model.")
     if len(set(config.reward_model)) < len(config.reward_model) or not config.reward_model:
         raise BadUse(f"--reward_model {' '.join(config.reward_model)}: expected different models, at least one.")
+    if config.backend == "vllm":
+        preflight.check_importable("vllm", flag="--backend vllm", instead="leave --backend out")
 
 
 def make_plan(config: Config) -> Plan:
@@ -141,13 +147,16 @@ def make_plan(config: Config) -> Plan:
     output = choose_output(config, source.ref)
     preflight.check_writable(output.folder, flag="--output_repo")
     reward_models = tuple(resolve(text, config) for text in config.reward_model)
+    networks = sum(model.model is not None for model in reward_models)
     options = ScoringOptions(
+        backend=config.backend,
         dtype=config.dtype,
         head_dtype=config.head_dtype,
         max_length=config.max_length,
         batch_tokens=config.batch_tokens,
         trust_remote_code=config.trust_remote_code,
-        device=choose_device() if any(model.model is not None for model in reward_models) else "cpu",
+        device=choose_device() if networks else "cpu",
+        engines=max(networks, 1),
     )
     identity = identify(config, source, reward_models, options)
     engine = scoring.describe_engine(reward_models, options, config.combine)
@@ -166,6 +175,8 @@ def identify(
     what = what_fields(config)
     for name in ("input_repo", "output_repo", "reward_model", "chat_template", "judge_model", "judge_template"):
         del what[name]
+    if config.backend == "transformers":
+        del what["backend"]  # so that outputs written before there was a choice remain the same run
     if any(model.model is not None for model in reward_models):
         what["dtype"] = str(resolve_dtype(options)).removeprefix("torch.")
     return {
@@ -194,6 +205,8 @@ def check_gpu_memory(reward_models: Sequence[scoring.RewardModel], options: Scor
     folders = [model.model.folder for model in reward_models if model.model is not None]
     weights = sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors"))
     share = min(weights / preflight.visible_gpus()[0].total_memory, 0.95)
+    if options.backend == "vllm":
+        share = MEMORY_SHARE
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     preflight.check_gpus(processes, memory_share=share, flag="--num_processes")
 
@@ -326,13 +339,14 @@ def rank_blocks(plan: Plan, config: Config, output: storage.Output, worker: int,
     waiting = [(index, block) for index, block in mine if not output.has_shard(SPLIT, index)]
     if not waiting:
         return
-    scorer = scoring.load_scorers(
-        plan.reward_models, plan.options, config.combine, journals=output.folder / "journal" / str(worker)
-    )
     ids = plan.source.prompt_ids()
     total = sum(len(block) for _, block in mine) * config.num_responses
     left = sum(len(block) for _, block in waiting) * config.num_responses
-    with bar(total, "responses", "rank", done=total - left) as advance:
+    journals = output.folder / "journal" / str(worker)
+    with (
+        closing(scoring.load_scorers(plan.reward_models, plan.options, config.combine, journals=journals)) as scorer,
+        bar(total, "responses", "rank", done=total - left) as advance,
+    ):
         for index, block in waiting:
             table = score_block(scorer, plan.source, block, ids, config)
             if index == waiting[0][0]:

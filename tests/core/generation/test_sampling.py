@@ -32,8 +32,8 @@ from rlhf_pipeline.core.generation.sampling import (
     SamplingSettings,
     TransformersSampler,
     VllmSampler,
-    bind_cores,
 )
+from rlhf_pipeline.core.vllm_engine import bind_cores
 
 WINDOW = 128
 GREEDY = SamplingSettings(temperature=0.0, max_tokens=24)

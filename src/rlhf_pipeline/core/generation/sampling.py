@@ -11,15 +11,14 @@ import hashlib
 import json
 import multiprocessing
 import os
-import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf_pipeline.core.command import BadUse, How, What, WorkFailed, die_with_parent
+from rlhf_pipeline.core import vllm_engine
+from rlhf_pipeline.core.command import How, What, WorkFailed, die_with_parent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,10 +28,6 @@ FinishReason = Literal["stop", "length"]
 QUEUE_DEPTH = 3
 """Requests that vLLM holds, in multiples of max_num_seqs: one runs and two wait, since all that run may
 finish in one step, and vLLM's own process works on while this one writes."""
-ENDS_WITH_PARENT = "RLHF_PIPELINE_ENGINE"
-"""Environment variable that tells vLLM's processes to end with the one that started them."""
-CPU_KV_CACHE_GIB = "1"
-"""vLLM's KV cache on CPU, unless VLLM_CPU_KVCACHE_SPACE says otherwise."""
 CPU_BATCHED_TOKENS = 4096
 """Prompt tokens that vLLM computes in one step on CPU, if the longest prompt allows."""
 
@@ -138,7 +133,7 @@ class VllmSampler:
         tensor_parallel_size: int = 1,
         batch_invariant: bool = False,
     ):
-        on_cpu = _set_vllm_environment(tensor_parallel_size, batch_invariant)
+        on_cpu = vllm_engine.set_environment(tensor_parallel_size, batch_invariant=batch_invariant)
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         self.tokenizer = tokenizer
@@ -164,7 +159,7 @@ class VllmSampler:
             distributed_executor_backend=options.distributed_executor_backend,
             tensor_parallel_size=tensor_parallel_size,
         )
-        _wake_when_dead(self._engine.engine_core)
+        vllm_engine.wake_when_dead(self._engine.engine_core)
         config = self._engine.vllm_config
         self.max_num_seqs: int = config.scheduler_config.max_num_seqs
         self.fewest_waiting: int | None = None
@@ -218,35 +213,6 @@ class VllmSampler:
         return Sample(int(output.request_id), token_ids, text, result.finish_reason, logps)
 
 
-def _set_vllm_environment(tensor_parallel_size: int, batch_invariant: bool) -> bool:
-    """What vLLM reads from the environment when it is imported; True where it will run on CPU."""
-    import huggingface_hub  # noqa: F401  reads HF_HUB_OFFLINE now: this process may still push afterwards
-    import torch
-
-    for name in ("VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "HF_HUB_OFFLINE", ENDS_WITH_PARENT):
-        os.environ[name] = "1"
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a forked process would load no plugin
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    if batch_invariant:
-        os.environ["VLLM_BATCH_INVARIANT"] = "1"
-    on_cpu = not torch.cuda.is_available()
-    if on_cpu:
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_KV_CACHE_GIB)
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        if tensor_parallel_size > 1:
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", bind_cores(tensor_parallel_size))
-    return on_cpu
-
-
-def bind_cores(groups: int) -> str:
-    """This process's CPU cores in `groups` equal parts, as vLLM writes them. Raises BadUse for too few."""
-    cores = sorted(os.sched_getaffinity(0))
-    size = len(cores) // groups
-    if size == 0:
-        raise BadUse(f"--tensor_parallel_size {groups} needs as many CPU cores; this process may use {len(cores)}.")
-    return "|".join(",".join(map(str, cores[size * i : size * (i + 1)])) for i in range(groups))
-
-
 def _start_vllm(model: Path, on_cpu: bool, **arguments: Any) -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
@@ -282,27 +248,8 @@ def end_with_parent() -> None:
 
     vLLM 0.32 alone would leave it behind, with the GPUs' memory.
     """
-    if ENDS_WITH_PARENT in os.environ and multiprocessing.parent_process() is not None:
+    if vllm_engine.ENDS_WITH_PARENT in os.environ and multiprocessing.parent_process() is not None:
         die_with_parent()
-
-
-def _wake_when_dead(engine_core: Any) -> None:
-    """Let a blocked `step` raise when vLLM's core process has been killed.
-
-    vLLM 0.32 then closes its client and marks it dead, while `step` goes on waiting for an output that can't
-    come.
-    """
-    if not hasattr(engine_core, "outputs_queue"):  # the core lives in this process
-        return
-
-    def watch() -> None:
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        while not engine_core.resources.engine_dead:
-            time.sleep(1)
-        engine_core.outputs_queue.put(EngineDeadError())
-
-    threading.Thread(target=watch, daemon=True, name="vllm-watch").start()
 
 
 def _describe_vllm(config: Any, on_cpu: bool, batch_invariant: bool) -> dict[str, Any]:

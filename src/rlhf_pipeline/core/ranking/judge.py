@@ -91,6 +91,10 @@ class Judge:
                 pool.shutdown(cancel_futures=True)
                 raise
 
+    def close(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
+
     def _rate(self, row: Row) -> Score:
         if reason := empty(row):
             return Score(None, reason)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rlhf_pipeline.core.chat import Chat
 
 Row = Mapping[str, Any]
+Backend = Literal["transformers", "vllm"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 HeadDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -52,15 +53,18 @@ class Score:
 class ScoringOptions:
     """How reward models that are networks run."""
 
+    backend: Backend = "transformers"
     dtype: Dtype = "auto"
     head_dtype: HeadDtype = "float32"
     """Of the layers that make the reward from a hidden state."""
     max_length: int | None = None
     """Tokens of a conversation; None: the model's window."""
     batch_tokens: int | None = None
-    """Tokens of a batch, padding included; None: GPU_BATCH_TOKENS or CPU_BATCH_TOKENS."""
+    """Tokens of a batch, padding included; None: GPU_BATCH_TOKENS or CPU_BATCH_TOKENS, or vLLM's choice."""
     trust_remote_code: bool = False
     device: str = "cpu"
+    engines: int = 1
+    """How many of them share the device at a time."""
 
 
 def resolve_dtype(options: ScoringOptions) -> torch.dtype:
@@ -156,6 +160,10 @@ class SequenceClassifier:
     def score(self, rows: Sequence[Row]) -> list[Score]:
         return _score_conversations(rows, self._encode, self._forward, self.engine["max_length"], self._budget)
 
+    def close(self) -> None:
+        del self._model, self._head
+        _free_memory()
+
     def _encode(self, row: Row) -> Encoded | str:
         return Encoded(self._chat.conversation_ids(row["prompt"], row["response"]))
 
@@ -170,7 +178,7 @@ class SequenceClassifier:
             hidden = self._model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
             last = hidden[torch.arange(len(batch), device=self._device), lengths - 1]
             logits = self._head(last.to(self._head.weight.dtype))
-        return [_finite(reward - self.engine["reward_offset"]) for reward in logits[:, 0].tolist()]
+        return [finite(reward - self.engine["reward_offset"]) for reward in logits[:, 0].tolist()]
 
 
 def _load_classifier(folder: Path, options: ScoringOptions) -> PreTrainedModel:
@@ -228,6 +236,10 @@ class ArmoRM:
     def score(self, rows: Sequence[Row]) -> list[Score]:
         return _score_conversations(rows, self._encode, self._forward, self.engine["max_length"], self._budget)
 
+    def close(self) -> None:
+        del self._model
+        _free_memory()
+
     def _encode(self, row: Row) -> Encoded | str:
         from rlhf_pipeline.core.ranking.armorm import find_gate
 
@@ -247,7 +259,7 @@ class ArmoRM:
         names = self.objectives
         columns = (output.score.tolist(), output.objectives.tolist(), output.coefficients.tolist())
         return [
-            _finite(reward, dict(zip(names, objectives, strict=True)), dict(zip(names, coefficients, strict=True)))
+            finite(reward, dict(zip(names, objectives, strict=True)), dict(zip(names, coefficients, strict=True)))
             for reward, objectives, coefficients in zip(*columns, strict=True)
         ]
 
@@ -260,9 +272,7 @@ def _score_conversations(
     budget: TokenBudget,
 ) -> list[Score]:
     """Scores in the rows' order, computed in batches of rows of like length."""
-    encoded = [_encode_or_reason(row, encode, max_length) for row in rows]
-    scores = {i: Score(None, item) for i, item in enumerate(encoded) if isinstance(item, str)}
-    waiting = {i: item for i, item in enumerate(encoded) if not isinstance(item, str)}
+    scores, waiting = encode_rows(rows, encode, max_length)
     while waiting:
         for indices in _plan(waiting, budget):
             batch = [waiting[i] for i in indices]
@@ -274,6 +284,15 @@ def _score_conversations(
                 scores[i] = score
                 del waiting[i]
     return [scores[i] for i in range(len(rows))]
+
+
+def encode_rows(
+    rows: Sequence[Row], encode: Callable[[Row], Encoded | str], max_length: int
+) -> tuple[dict[int, Score], dict[int, Encoded]]:
+    """By their index: the scores of rows that can't be scored, and the others' ids."""
+    encoded = [_encode_or_reason(row, encode, max_length) for row in rows]
+    scores = {i: Score(None, item) for i, item in enumerate(encoded) if isinstance(item, str)}
+    return scores, {i: item for i, item in enumerate(encoded) if not isinstance(item, str)}
 
 
 def _encode_or_reason(row: Row, encode: Callable[[Row], Encoded | str], max_length: int) -> Encoded | str:
@@ -319,8 +338,6 @@ def _forward_or_none(
 
 def _shrink(budget: TokenBudget, batch: Sequence[Encoded]) -> None:
     """Halve the budget after `batch` did not fit. Raises WorkFailed if it was one row."""
-    import torch
-
     longest = max(len(encoded.ids) for encoded in batch)
     if len(batch) == 1:
         raise WorkFailed(
@@ -328,6 +345,13 @@ def _shrink(budget: TokenBudget, batch: Sequence[Encoded]) -> None:
             "--dtype of fewer bytes or a smaller --max_length (longer rows then get no reward)."
         )
     budget.tokens = longest * len(batch) // 2
+    _free_memory()
+
+
+def _free_memory() -> None:
+    """Give the GPU back what torch keeps of it for tensors that are no more."""
+    import torch
+
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -340,9 +364,10 @@ def _pad(batch: Sequence[Encoded], device: str) -> tuple[Tensor, Tensor]:
     return padded.input_ids, padded.prompt_lengths
 
 
-def _finite(
+def finite(
     reward: float, objectives: dict[str, float] | None = None, coefficients: dict[str, float] | None = None
 ) -> Score:
+    """The score of a row; NaN and infinities are none."""
     if not math.isfinite(reward):
         return Score(None, f"not finite: {reward}")
     return Score(reward, None, objectives, coefficients)

@@ -36,6 +36,7 @@ from rlhf_pipeline.core.ranking.network_scorers import (
     head_shapes,
     resolve_dtype,
 )
+from rlhf_pipeline.core.ranking.vllm_scorer import VllmClassifier, refusal
 from rlhf_pipeline.core.weights import check_head_names, tensor_files
 
 if TYPE_CHECKING:
@@ -62,6 +63,9 @@ class Scorer(Protocol):
     """Whether a Score also says how much each objective counted."""
 
     def score(self, rows: Sequence[Row]) -> list[Score]: ...
+
+    def close(self) -> None:
+        """Free what it holds: memory, processes, files. It can't score any more."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,9 @@ def load_scorer(reward_model: RewardModel, options: ScoringOptions, *, journal: 
     from rlhf_pipeline.core.models import fetch_weights
 
     folder = fetch_weights(reward_model.model, flag="--reward_model")
+    if options.backend == "vllm":
+        _check_vllm(reward_model.text, folder, options)
+        return VllmClassifier(folder, reward_model.chat, options, engine)
     kind = ArmoRM if ARMORM_TENSOR in tensor_files(folder) else SequenceClassifier
     return kind(folder, reward_model.chat, options, engine)
 
@@ -197,12 +204,23 @@ def load_scorers(
     return Ensemble(names, scorers, combine, describe_engine(reward_models, options, combine))
 
 
+def _check_vllm(text: str, folder: Path, options: ScoringOptions) -> None:
+    """Raise BadUse for a reward model that vLLM can't take."""
+    trust = options.trust_remote_code
+    armorm = ARMORM_TENSOR in _tensor_names(folder)
+    reason = refusal(
+        head_shapes(folder, armorm=armorm, trust_remote_code=trust), armorm=armorm, trust_remote_code=trust
+    )
+    if reason:
+        raise BadUse(f"--backend vllm can't run {text}: {reason}. Leave --backend out.")
+
+
 def describe_engine(
     reward_models: Sequence[RewardModel], options: ScoringOptions, combine: Combine = "mean"
 ) -> dict[str, Any]:
     """What provenance says of how rewards are computed; nothing is loaded.
 
-    Raises BadUse for a model that says nowhere how many tokens it can read.
+    Raises BadUse for a model that says nowhere how many tokens it can read, or that the back end can't run.
     """
     members = [_describe(model, options) for model in reward_models]
     return members[0] if len(members) == 1 else {"kind": "ensemble", "combine": combine, "members": members}
@@ -221,11 +239,14 @@ def _describe(reward_model: RewardModel, options: ScoringOptions) -> dict[str, A
     from rlhf_pipeline.core.models import context_window, load_config
     from rlhf_pipeline.core.reward_model import REWARD_OFFSET
 
+    if options.backend == "vllm":
+        _check_vllm(reward_model.text, reward_model.model.folder, options)
     config = load_config(reward_model.model.folder, trust_remote_code=options.trust_remote_code)
     lengths = [length for length in (context_window(config), options.max_length) if length is not None]
     if not lengths:
         raise BadUse(f"--reward_model {reward_model.text} does not say how much it can read: pass --max_length.")
     return about | {
+        "backend": options.backend,
         "dtype": str(resolve_dtype(options)).removeprefix("torch."),
         "head_dtype": options.head_dtype,
         "device": options.device.partition(":")[0],
@@ -254,6 +275,9 @@ class PythonFunction:
         if len(rows) == 1:
             return [Score(None, values)]
         return [score for row in rows for score in self.score([row])]
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     def _values_or_reason(self, rows: Sequence[Row]) -> Sequence[Any] | str:
         try:
@@ -291,6 +315,10 @@ class Ensemble:
     def score(self, rows: Sequence[Row]) -> list[Score]:
         columns = [member.score(rows) for member in self._members]
         return [self._combined(scores) for scores in zip(*columns, strict=True)]
+
+    def close(self) -> None:
+        for member in self._members:
+            member.close()
 
     def _combined(self, scores: Sequence[Score]) -> Score:
         objectives = {n: s.reward for n, s in zip(self.objectives, scores, strict=True) if s.reward is not None}

@@ -1,0 +1,63 @@
+"""What every use of vLLM in this project needs: its environment, and to notice when its core process has died."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import Any
+
+from rlhf_pipeline.core.command import BadUse
+
+ENDS_WITH_PARENT = "RLHF_PIPELINE_ENGINE"
+"""Environment variable that tells vLLM's processes to end with the one that started them."""
+CPU_KV_CACHE_GIB = "1"
+"""vLLM's KV cache on CPU, unless VLLM_CPU_KVCACHE_SPACE says otherwise."""
+
+
+def set_environment(tensor_parallel_size: int = 1, *, batch_invariant: bool = False) -> bool:
+    """What vLLM reads from the environment when it is imported; True where it will run on CPU."""
+    import huggingface_hub  # noqa: F401  reads HF_HUB_OFFLINE now: this process may still push afterwards
+    import torch
+
+    for name in ("VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "HF_HUB_OFFLINE", ENDS_WITH_PARENT):
+        os.environ[name] = "1"
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a forked process would load no plugin
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if batch_invariant:
+        os.environ["VLLM_BATCH_INVARIANT"] = "1"
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_KV_CACHE_GIB)
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        if tensor_parallel_size > 1:
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", bind_cores(tensor_parallel_size))
+    return on_cpu
+
+
+def bind_cores(groups: int) -> str:
+    """This process's CPU cores in `groups` equal parts, as vLLM writes them. Raises BadUse for too few."""
+    cores = sorted(os.sched_getaffinity(0))
+    size = len(cores) // groups
+    if size == 0:
+        raise BadUse(f"--tensor_parallel_size {groups} needs as many CPU cores; this process may use {len(cores)}.")
+    return "|".join(",".join(map(str, cores[size * i : size * (i + 1)])) for i in range(groups))
+
+
+def wake_when_dead(engine_core: Any) -> None:
+    """Let a blocked `step` raise when vLLM's core process has been killed.
+
+    vLLM 0.32 then closes its client and marks it dead, while `step` goes on waiting for an output that can't
+    come.
+    """
+    if not hasattr(engine_core, "outputs_queue"):  # the core lives in this process
+        return
+
+    def watch() -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        while not engine_core.resources.engine_dead:
+            time.sleep(1)
+        engine_core.outputs_queue.put(EngineDeadError())
+
+    threading.Thread(target=watch, daemon=True, name="vllm-watch").start()
