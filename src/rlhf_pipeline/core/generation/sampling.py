@@ -29,6 +29,8 @@ FinishReason = Literal["stop", "length"]
 QUEUE_DEPTH = 3
 """Requests that vLLM holds, in multiples of max_num_seqs: one runs and two wait, since all that run may
 finish in one step, and vLLM's own process works on while this one writes."""
+CORES_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
+"""Environment variable in which vLLM finds the CPU cores of each of its workers."""
 ENDS_WITH_PARENT = "RLHF_PIPELINE_ENGINE"
 """Environment variable that tells vLLM's processes to end with the one that started them."""
 CPU_KV_CACHE_GIB = "1"
@@ -171,15 +173,31 @@ class VllmSampler:
         """Fewest requests that waited for a place while the iterator still had some."""
         self.engine = _describe_vllm(config, on_cpu, batch_invariant)
 
+    @property
+    def unfinished(self) -> int:
+        """Requests that run or wait."""
+        return self._engine.get_num_unfinished_requests()
+
     def sample(self, requests: Iterable[Request]) -> Iterator[Sample]:
         """Samples as they finish. Raises WorkFailed when the engine dies or fails."""
+        left = iter(requests)
+        while self._fill(left) or self.unfinished:
+            yield from self.step()
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+        from vllm.inputs import TokensPrompt
+
+        own = self._params.clone()
+        own.seed = request.engine_seed
+        self._engine.add_request(str(request.key), TokensPrompt(prompt_token_ids=list(request.prompt_ids)), own)
+
+    def step(self) -> list[Sample]:
+        """One more token for all that run; what finished with it. Raises WorkFailed when the engine dies or fails."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        left = iter(requests)
         try:
-            while self._fill(left) or self._engine.has_unfinished_requests():
-                for output in self._engine.step():
-                    yield self._to_sample(output)
+            return [self._to_sample(output) for output in self._engine.step()]
         except (EngineDeadError, RuntimeError) as error:  # RuntimeError: out of memory, or a worker process is gone
             raise WorkFailed(
                 f"vLLM has stopped working ({type(error).__name__}: {error}); what is finished is kept: "
@@ -191,18 +209,12 @@ class VllmSampler:
 
     def _fill(self, left: Iterator[Request]) -> bool:
         """Queue requests up to QUEUE_DEPTH; False when there were none left."""
-        from vllm.inputs import TokensPrompt
-
-        engine, params = self._engine, self._params
-        queued = engine.get_num_unfinished_requests()
+        queued = self.unfinished
         waiting = max(queued - self.max_num_seqs, 0)
         wanted = QUEUE_DEPTH * self.max_num_seqs - queued
         added = 0
         for request in islice(left, max(wanted, 0)):
-            own = params.clone()
-            own.seed = request.engine_seed
-            prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids))
-            engine.add_request(str(request.key), prompt, own)
+            self.add(request)
             added += 1
         if added and queued and (self.fewest_waiting is None or waiting < self.fewest_waiting):
             self.fewest_waiting = waiting
@@ -234,17 +246,25 @@ def _set_vllm_environment(tensor_parallel_size: int, batch_invariant: bool) -> b
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_KV_CACHE_GIB)
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         if tensor_parallel_size > 1:
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", bind_cores(tensor_parallel_size))
+            os.environ.setdefault(CORES_VARIABLE, bind_cores(tensor_parallel_size))
     return on_cpu
 
 
 def bind_cores(groups: int) -> str:
     """This process's CPU cores in `groups` equal parts, as vLLM writes them. Raises BadUse for too few."""
+    return "|".join(",".join(map(str, cores)) for cores in split_cores(groups))
+
+
+def split_cores(groups: int) -> list[list[int]]:
+    """This process's CPU cores in `groups` equal parts. Raises BadUse for too few."""
     cores = sorted(os.sched_getaffinity(0))
     size = len(cores) // groups
     if size == 0:
-        raise BadUse(f"--tensor_parallel_size {groups} needs as many CPU cores; this process may use {len(cores)}.")
-    return "|".join(",".join(map(str, cores[size * i : size * (i + 1)])) for i in range(groups))
+        raise BadUse(
+            f"{groups} groups of CPU cores (--tensor_parallel_size x --data_parallel_size) need as many cores; "
+            f"this process may use {len(cores)}."
+        )
+    return [cores[size * i : size * (i + 1)] for i in range(groups)]
 
 
 def _start_vllm(model: Path, on_cpu: bool, **arguments: Any) -> Any:
