@@ -25,6 +25,7 @@ from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import RUN, BadUse, How, RunFlags, What, entry, fields_with_roles, what_fields
 from rlhf_pipeline.core.files import read_json, write_atomic, write_json
 from rlhf_pipeline.core.generation import prompts
+from rlhf_pipeline.core.generation.engines import VllmEngines
 from rlhf_pipeline.core.generation.responses import JOURNAL, SEED_STEP, SPLIT, Responses, Summary, summarize
 from rlhf_pipeline.core.generation.sampling import (
     EngineOptions,
@@ -90,6 +91,8 @@ class Config:
     """Engine. transformers needs no vLLM; it is for small models."""
     tensor_parallel_size: Annotated[How[int | None], tyro.conf.arg(aliases=("--world_size",))] = None
     """GPUs (groups of CPU cores) that share the model. None: all visible GPUs, or 1 on CPU."""
+    data_parallel_size: How[int] = 1
+    """Engines on this machine, each with tensor_parallel_size GPUs (groups of CPU cores) and its own responses."""
     engine: EngineOptions = EngineOptions()
     batch_invariant: How[bool] = False
     """vLLM's mode in which a row's numbers do not depend on its batch: a restart on GPUs gives identical rows."""
@@ -118,7 +121,14 @@ class Plan:
 
 def check_values(config: Config) -> None:
     """Raise BadUse for values that can't be meant, before anything is read."""
-    for name in ("num_responses", "maxlen", "rows_per_shard", "num_prompts", "tensor_parallel_size"):
+    for name in (
+        "num_responses",
+        "maxlen",
+        "rows_per_shard",
+        "num_prompts",
+        "tensor_parallel_size",
+        "data_parallel_size",
+    ):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise BadUse(f"--{name} is {value}; expected 1 or more.")
@@ -133,6 +143,11 @@ def check_values(config: Config) -> None:
         )
     if config.seed < 0:
         raise BadUse(f"--seed is {config.seed}; expected 0 or more.")
+    if config.data_parallel_size > 1 and config.engine.distributed_executor_backend == "ray":
+        raise BadUse(
+            f"--data_parallel_size {config.data_parallel_size} starts engines on this machine, "
+            "each with GPUs of its own: drop --engine.distributed_executor_backend ray."
+        )
     if config.backend == "vllm":
         preflight.check_importable("vllm", flag="--backend vllm", instead="pass --backend transformers")
     else:
@@ -140,10 +155,9 @@ def check_values(config: Config) -> None:
 
 
 def check_transformers_options(config: Config) -> None:
-    if (config.tensor_parallel_size or 1) > 1:
-        raise BadUse(
-            f"--tensor_parallel_size {config.tensor_parallel_size} needs --backend vllm; transformers takes one device."
-        )
+    for name in ("tensor_parallel_size", "data_parallel_size"):
+        if (getattr(config, name) or 1) > 1:
+            raise BadUse(f"--{name} {getattr(config, name)} needs --backend vllm; transformers takes one device.")
     if config.engine.quantization is not None:
         raise BadUse(f"--engine.quantization {config.engine.quantization} needs --backend vllm.")
     if config.batch_invariant:
@@ -193,15 +207,17 @@ def choose_window(of_model: int | None, config: Config) -> int:
 def choose_tensor_parallel_size(config: Config, num_heads: int) -> int:
     if config.backend == "transformers":
         return 1
-    size = config.tensor_parallel_size or max(1, len(preflight.visible_gpus()))
+    engines, gpus = config.data_parallel_size, len(preflight.visible_gpus())
+    size = config.tensor_parallel_size or max(1, gpus // engines)
     if num_heads % size:
         raise BadUse(
             f"--tensor_parallel_size {size} does not divide the {num_heads} attention heads of --model {config.model}: "
             "pass a divisor of that."
         )
-    if not preflight.visible_gpus():
-        vllm_engine.bind_cores(size)  # refuses more groups than cores
-    preflight.check_gpus(size, memory_share=config.engine.gpu_memory_utilization, flag="--tensor_parallel_size")
+    if not gpus:
+        vllm_engine.split_cores(engines * size)  # refuses more groups than cores
+    flag = "--tensor_parallel_size" if engines == 1 else "--tensor_parallel_size x --data_parallel_size"
+    preflight.check_gpus(engines * size, memory_share=config.engine.gpu_memory_utilization, flag=flag)
     return size
 
 
@@ -244,8 +260,10 @@ def print_plan(plan: Plan, config: Config) -> None:
         f"tokens     {tokens:,} of prompts, {plan.prompts.longest:,} of the longest; of responses at most "
         f"{config.maxlen:,} each, {responses * config.maxlen:,} together"
     )
+    engines = f"{config.data_parallel_size} x " if config.data_parallel_size > 1 else ""
     say(
-        f"engine     {config.backend}, tensor parallel {plan.tensor_parallel_size}, {plan.window:,} tokens per sequence"
+        f"engine     {engines}{config.backend}, tensor parallel {plan.tensor_parallel_size}, "
+        f"{plan.window:,} tokens per sequence"
     )
     folder = plan.output.folder
     state = storage.existing_state(folder, plan.identity, overwrite=config.run.overwrite)
@@ -287,29 +305,33 @@ def check_pending(config: Config, pending: dict[str, int]) -> Path:
 # Work
 
 
-def start_sampler(plan: Plan, config: Config) -> Sampler:
+def start_sampler(plan: Plan, config: Config, logs: Path) -> Sampler | VllmEngines:
+    """The engine that the flags ask for. logs: where several engines say what they have to say."""
     from rlhf_pipeline.core import models
 
     folder = models.fetch_weights(plan.model, flag="--model")
     settings = settings_of(config, plan.chat)
-    if config.backend == "vllm":
-        return VllmSampler(
-            folder,
+    if config.backend == "transformers":
+        return TransformersSampler(
+            load_model(folder, plan.dtype),
             plan.chat.tokenizer,
             settings,
-            config.engine,
-            dtype=plan.dtype,
             max_model_len=plan.window,
-            tensor_parallel_size=plan.tensor_parallel_size,
-            batch_invariant=config.batch_invariant,
+            max_num_seqs=config.engine.max_num_seqs,
         )
-    return TransformersSampler(
-        load_model(folder, plan.dtype),
-        plan.chat.tokenizer,
-        settings,
-        max_model_len=plan.window,
-        max_num_seqs=config.engine.max_num_seqs,
-    )
+    arguments: dict[str, Any] = {
+        "model": folder,
+        "tokenizer": plan.chat.tokenizer,
+        "settings": settings,
+        "options": config.engine,
+        "dtype": plan.dtype,
+        "max_model_len": plan.window,
+        "tensor_parallel_size": plan.tensor_parallel_size,
+        "batch_invariant": config.batch_invariant,
+    }
+    if config.data_parallel_size == 1:
+        return VllmSampler(**arguments)
+    return VllmEngines(data_parallel_size=config.data_parallel_size, logs=logs, **arguments)
 
 
 def load_model(folder: Path, dtype: str) -> Any:
@@ -328,7 +350,7 @@ def sample_all(plan: Plan, config: Config, responses: Responses, folder: Path) -
     done = responses.finished
     if done == responses.total:
         return
-    with contextlib.closing(start_sampler(plan, config)) as sampler:
+    with contextlib.closing(start_sampler(plan, config, folder / JOURNAL)) as sampler:
         note_engine(folder, sampler.engine)
         started, tokens = time.monotonic(), 0
         with bar(responses.total, "responses", "generate", done=done) as advance:
@@ -338,8 +360,12 @@ def sample_all(plan: Plan, config: Config, responses: Responses, folder: Path) -
                 advance(1)
         seconds = time.monotonic() - started
         say(f"sampled {tokens:,} tokens in {duration(seconds)}: {tokens / seconds:,.0f} tokens/s")
-        if isinstance(sampler, VllmSampler) and sampler.fewest_waiting is not None:
-            say(f"at least {sampler.fewest_waiting} requests waited at any time (max_num_seqs {sampler.max_num_seqs})")
+        if not isinstance(sampler, TransformersSampler) and sampler.fewest_waiting is not None:
+            each = " in each engine" if isinstance(sampler, VllmEngines) else ""
+            say(
+                f"at least {sampler.fewest_waiting} requests waited at any time{each} "
+                f"(max_num_seqs {sampler.max_num_seqs})"
+            )
 
 
 def note_engine(folder: Path, engine: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -382,17 +383,138 @@ def test_a_run_killed_again_and_again_has_the_rows_of_an_uninterrupted_one(
     assert engines["engine"]["name"] == backend and engines["earlier_engines"] == []
 
 
+# Several processes
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
+CORES = len(os.sched_getaffinity(0))
+
+
+def needs_cores(count: int) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(count > CORES, reason=f"{count} groups of CPU cores need as many cores")
+
+
+@pytest.fixture(scope="module")
+def of_one_worker(
+    tmp_path_factory: pytest.TempPathFactory, tiny_policy: Path, tiny_prompts: Path, run_command: Callable[..., Any]
+) -> Path:
+    output = tmp_path_factory.mktemp("of_one_worker") / "responses"
+    done = run_command("generate", *vllm_flags(tiny_policy, tiny_prompts), "--output_repo", output)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def vllm_flags(policy: Path, prompts: Path) -> list[str]:
+    flags = {"--model": policy, "--prompts": prompts, "--maxlen": 48, "--pairs": 20, "--engine.max_num_seqs": 4}
+    return [str(part) for pair in flags.items() for part in pair]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two groups of CPU cores need two cores")
-def test_one_and_two_tensor_parallel_workers_give_the_same_rows(
+@needs_vllm
+@pytest.mark.parametrize(
+    ("tensor_parallel", "data_parallel"),
+    [
+        pytest.param(2, 1, marks=needs_cores(2)),
+        pytest.param(1, 2, marks=needs_cores(2)),
+        pytest.param(2, 2, marks=needs_cores(4)),
+    ],
+)
+def test_workers_and_engines_do_not_change_rows(
+    tensor_parallel: int,
+    data_parallel: int,
+    of_one_worker: Path,
+    tmp_path: Path,
+    tiny_policy: Path,
+    tiny_prompts: Path,
+    run_command: Callable[..., Any],
+) -> None:
+    """Float32 on CPU. Each engine has requests waiting until the last prompts are out."""
+    sizes = ("--world_size", tensor_parallel, "--data_parallel_size", data_parallel)
+    flags = vllm_flags(tiny_policy, tiny_prompts)
+    done = run_command("generate", *flags, *sizes, "--output_repo", tmp_path / "out", timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert read(tmp_path / "out").equals(read(of_one_worker))
+    engine = json.loads((tmp_path / "out" / "provenance.json").read_text())["engine"]
+    assert (engine["tensor_parallel_size"], engine.get("data_parallel_size", 1)) == (tensor_parallel, data_parallel)
+    [waited] = re.findall(r"at least (\d+) requests waited at any time.* \(max_num_seqs 4\)", done.stdout)
+    assert int(waited) >= 4
+    assert done.stdout.count("generate: 480 of 480 responses") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@needs_vllm
+@needs_cores(2)
+def test_engines_that_die_are_reported_and_leave_nothing_behind(
+    of_one_worker: Path, tmp_path: Path, tiny_policy: Path, tiny_prompts: Path, command_environment: dict[str, str]
+) -> None:
+    """An engine is killed, then the command, then Ctrl-C ends it; one engine alone finishes their work."""
+    command = [sys.executable, "-m", "rlhf_pipeline.generate", *vllm_flags(tiny_policy, tiny_prompts)]
+    command += ["--output_repo", str(tmp_path / "out")]
+    log, journal = tmp_path / "log", tmp_path / ".out.partial" / "journal" / "00000.jsonl"
+
+    def sampling(more: int) -> tuple[subprocess.Popen[bytes], list[int]]:
+        """The command with two engines, once it has written `more` responses, and its engines' processes."""
+        wanted = count_lines(journal) + more
+        process = start([*command, "--data_parallel_size", "2"], command_environment, log)
+        wait_until(lambda: process.poll() is not None or count_lines(journal) >= wanted, log)
+        engines = [pid for pid in children_of(process.pid) if len(os.sched_getaffinity(pid)) < CORES]
+        assert len(engines) == 2, log.read_text()
+        return process, engines
+
+    process, engines = sampling(20)
+    os.kill(engines[1], signal.SIGKILL)
+    assert process.wait(timeout=20) == 1
+    assert f"error: engine 1 (process {engines[1]}) was killed by SIGKILL; what is finished is kept" in log.read_text()
+    wait_until(lambda: not any(map(is_running, engines)), log)
+
+    process, engines = sampling(20)
+    process.kill()  # not its group
+    wait_until(lambda: not any(map(is_running, engines)), log)
+
+    process, engines = sampling(20)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.wait(timeout=30) == 130
+    assert "run the same command again to go on" in log.read_text().splitlines()[-1]
+    assert not any(map(is_running, engines))
+
+    assert count_lines(journal) >= 60
+    done = subprocess.run(command, env=command_environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert read(tmp_path / "out").equals(read(of_one_worker))
+    made = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert [engine.get("data_parallel_size") for engine in (*made["earlier_engines"], made["engine"])] == [2, None]
+
+
+@pytest.mark.slow
+@needs_vllm
+@needs_cores(2)
+def test_an_engine_that_cannot_start_is_reported_with_its_last_words(
     tmp_path: Path, tiny_policy: Path, tiny_prompts: Path, run_command: Callable[..., Any]
 ) -> None:
-    sampling = ("--model", tiny_policy, "--prompts", tiny_prompts, "--maxlen", 24)
-    for size in (1, 2):
-        done = run_command("generate", *sampling, "--world_size", size, "--output_repo", tmp_path / f"tp{size}")
-        assert done.returncode == 0, done.stderr
-    assert read(tmp_path / "tp1").equals(read(tmp_path / "tp2"))
-    engine = json.loads((tmp_path / "tp2" / "provenance.json").read_text())["engine"]
-    assert engine["tensor_parallel_size"] == 2
+    flags = [*vllm_flags(tiny_policy, tiny_prompts), "--data_parallel_size", 2, "--engine.quantization", "no_such"]
+    done = run_command("generate", *flags, "--output_repo", tmp_path / "out")
+    assert done.returncode == 1
+    assert "error: engine 0 (process " in done.stderr
+    assert "vLLM can't start on" in done.stderr and "no_such" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def wait_until(reached: Callable[[], bool], log: Path, seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline, log.read_text()[-2000:]
+        time.sleep(0.002)
+
+
+def children_of(pid: int) -> list[int]:
+    """In the order in which they were started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process that is more than a zombie which no one has collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

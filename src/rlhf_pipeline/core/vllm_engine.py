@@ -11,6 +11,8 @@ from rlhf_pipeline.core.command import BadUse
 
 ENDS_WITH_PARENT = "RLHF_PIPELINE_ENGINE"
 """Environment variable that tells vLLM's processes to end with the one that started them."""
+CORES_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
+"""Environment variable in which vLLM finds the CPU cores of each of its workers."""
 CPU_KV_CACHE_GIB = "1"
 """vLLM's KV cache on CPU, unless VLLM_CPU_KVCACHE_SPACE says otherwise."""
 
@@ -31,17 +33,25 @@ def set_environment(tensor_parallel_size: int = 1, *, batch_invariant: bool = Fa
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_KV_CACHE_GIB)
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         if tensor_parallel_size > 1:
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", bind_cores(tensor_parallel_size))
+            os.environ.setdefault(CORES_VARIABLE, bind_cores(tensor_parallel_size))
     return on_cpu
 
 
 def bind_cores(groups: int) -> str:
     """This process's CPU cores in `groups` equal parts, as vLLM writes them. Raises BadUse for too few."""
+    return "|".join(",".join(map(str, cores)) for cores in split_cores(groups))
+
+
+def split_cores(groups: int) -> list[list[int]]:
+    """This process's CPU cores in `groups` equal parts. Raises BadUse for too few."""
     cores = sorted(os.sched_getaffinity(0))
     size = len(cores) // groups
     if size == 0:
-        raise BadUse(f"--tensor_parallel_size {groups} needs as many CPU cores; this process may use {len(cores)}.")
-    return "|".join(",".join(map(str, cores[size * i : size * (i + 1)])) for i in range(groups))
+        raise BadUse(
+            f"{groups} groups of CPU cores (--tensor_parallel_size x --data_parallel_size) need as many cores; "
+            f"this process may use {len(cores)}."
+        )
+    return [cores[size * i : size * (i + 1)] for i in range(groups)]
 
 
 def wake_when_dead(engine_core: Any) -> None:

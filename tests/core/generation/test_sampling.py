@@ -262,7 +262,7 @@ def test_requests_are_taken_from_the_iterator_only_as_they_are_needed(model: Any
 def test_cores_are_bound_in_equal_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 2, 4, 6, 8})
     assert bind_cores(2) == "0,2|4,6"
-    with pytest.raises(BadUse, match=r"--tensor_parallel_size 6 needs as many CPU cores; .* 5"):
+    with pytest.raises(BadUse, match=r"6 groups of CPU cores .* need as many cores; .* 5"):
         bind_cores(6)
 
 

@@ -166,15 +166,31 @@ class VllmSampler:
         """Fewest requests that waited for a place while the iterator still had some."""
         self.engine = _describe_vllm(config, on_cpu, batch_invariant)
 
+    @property
+    def unfinished(self) -> int:
+        """Requests that run or wait."""
+        return self._engine.get_num_unfinished_requests()
+
     def sample(self, requests: Iterable[Request]) -> Iterator[Sample]:
         """Samples as they finish. Raises WorkFailed when the engine dies or fails."""
+        left = iter(requests)
+        while self._fill(left) or self.unfinished:
+            yield from self.step()
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+        from vllm.inputs import TokensPrompt
+
+        own = self._params.clone()
+        own.seed = request.engine_seed
+        self._engine.add_request(str(request.key), TokensPrompt(prompt_token_ids=list(request.prompt_ids)), own)
+
+    def step(self) -> list[Sample]:
+        """One more token for all that run; what finished with it. Raises WorkFailed when the engine dies or fails."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        left = iter(requests)
         try:
-            while self._fill(left) or self._engine.has_unfinished_requests():
-                for output in self._engine.step():
-                    yield self._to_sample(output)
+            return [self._to_sample(output) for output in self._engine.step()]
         except (EngineDeadError, RuntimeError) as error:  # RuntimeError: out of memory, or a worker process is gone
             raise WorkFailed(
                 f"vLLM has stopped working ({type(error).__name__}: {error}); what is finished is kept: "
@@ -186,18 +202,12 @@ class VllmSampler:
 
     def _fill(self, left: Iterator[Request]) -> bool:
         """Queue requests up to QUEUE_DEPTH; False when there were none left."""
-        from vllm.inputs import TokensPrompt
-
-        engine, params = self._engine, self._params
-        queued = engine.get_num_unfinished_requests()
+        queued = self.unfinished
         waiting = max(queued - self.max_num_seqs, 0)
         wanted = QUEUE_DEPTH * self.max_num_seqs - queued
         added = 0
         for request in islice(left, max(wanted, 0)):
-            own = params.clone()
-            own.seed = request.engine_seed
-            prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids))
-            engine.add_request(str(request.key), prompt, own)
+            self.add(request)
             added += 1
         if added and queued and (self.fewest_waiting is None or waiting < self.fewest_waiting):
             self.fewest_waiting = waiting
