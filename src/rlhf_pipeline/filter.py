@@ -102,6 +102,8 @@ class Config:
     """Processes that tokenize; a single one uses a thread for each core."""
     public: How[bool] = False
     """Make an output on the Hub public."""
+    push_only: How[bool] = False
+    """Push an output that is whole in its local folder, and compute nothing."""
     run: RUN = RunFlags()
 
 
@@ -367,6 +369,8 @@ def card(made: dict[str, Any], config: Config, pad_id: int) -> str:
 
 def main(config: Config) -> Path:
     check_values(config)
+    if config.push_only:
+        return storage.push_only(config.output_repo, public=config.public, overwrite=config.run.overwrite)
     pending = config.run.pending_rows() if config.run.check else {}
     if config.input_repo in pending or config.model in pending:
         return check_pending(config, pending)
@@ -378,8 +382,11 @@ def main(config: Config) -> Path:
     if config.run.check:
         return folder
     started = time.monotonic()
-    storage.prepare_delivery(plan.output, public=config.public, flag="--output_repo")
-    with storage.open_output(folder, plan.identity, overwrite=config.run.overwrite) as output:
+    overwrite = config.run.overwrite
+    remote = storage.prepare_delivery(
+        plan.output, plan.identity, public=config.public, overwrite=overwrite, flag="--output_repo"
+    )
+    with storage.open_output(folder, plan.identity, overwrite=overwrite, remote=remote) as output:
         if output.done:
             say(f"done before: {storage.deliver(plan.output)}")  # again: that push may be what was killed
             return folder

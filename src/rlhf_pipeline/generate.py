@@ -23,7 +23,7 @@ import tyro
 from rlhf_pipeline.core import preflight, provenance, storage, vllm_engine
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import RUN, BadUse, How, RunFlags, What, entry, fields_with_roles, what_fields
-from rlhf_pipeline.core.files import read_json, write_atomic, write_json
+from rlhf_pipeline.core.files import write_atomic
 from rlhf_pipeline.core.generation import prompts
 from rlhf_pipeline.core.generation.engines import VllmEngines
 from rlhf_pipeline.core.generation.responses import JOURNAL, SEED_STEP, SPLIT, Responses, Summary, summarize
@@ -97,9 +97,15 @@ class Config:
     batch_invariant: How[bool] = False
     """vLLM's mode in which a row's numbers do not depend on its batch: a restart on GPUs gives identical rows."""
     rows_per_shard: How[int] = 1000
-    """Prompts per parquet file."""
+    """Prompts per parquet file, at most."""
+    num_shards: How[int] = 1
+    """Jobs that together write this output, each its share of the parquet files; see docs/storage.md."""
+    shard_index: How[int | None] = None
+    """Which of these jobs this is, from 0."""
     public: How[bool] = False
     """Make an output on the Hub public."""
+    push_only: How[bool] = False
+    """Push an output that is whole in its local folder, and compute nothing."""
     run: RUN = RunFlags()
 
 
@@ -345,13 +351,14 @@ def load_model(folder: Path, dtype: str) -> Any:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def sample_all(plan: Plan, config: Config, responses: Responses, folder: Path) -> None:
+def sample_all(plan: Plan, config: Config, responses: Responses) -> None:
     """Sample what is not there yet, in one pass of the engine over all shards."""
     done = responses.finished
     if done == responses.total:
         return
-    with contextlib.closing(start_sampler(plan, config, folder / JOURNAL)) as sampler:
-        note_engine(folder, sampler.engine)
+    output = responses.output
+    with contextlib.closing(start_sampler(plan, config, output.folder / JOURNAL / str(output.share))) as sampler:
+        output.note(sampler.engine)
         started, tokens = time.monotonic(), 0
         with bar(responses.total, "responses", "generate", done=done) as advance:
             for sample in sampler.sample(responses.requests()):
@@ -368,18 +375,11 @@ def sample_all(plan: Plan, config: Config, responses: Responses, folder: Path) -
             )
 
 
-def note_engine(folder: Path, engine: dict[str, Any]) -> None:
-    """Add `engine` to those that have worked on this output, for its provenance."""
-    path = folder / JOURNAL / "engines.json"
-    engines = read_json(path) or []
-    if engine not in engines:
-        write_json(path, [*engines, engine])
-
-
-def publish(plan: Plan, config: Config, output: storage.Output) -> str:
-    """Summarise the finished shards, and let the dataset appear; returns where it is."""
-    files = storage.shard_files(output.folder, "--output_repo")[SPLIT]
-    summary = summarize(files, config.num_responses)
+def report(
+    plan: Plan, config: Config, output: storage.Output, files: dict[str, list[Path]]
+) -> tuple[dict[str, Any], str]:
+    """Summarise the finished shards; returns provenance and card."""
+    summary = summarize(files[SPLIT], config.num_responses)
     say(
         f"{summary.prompts:,} prompts x {config.num_responses} responses: mean length {summary.mean_length:.1f}, "
         f"longest {summary.longest:,} tokens; {summary.truncated:.1%} truncated, {summary.empty:.1%} empty, "
@@ -388,9 +388,8 @@ def publish(plan: Plan, config: Config, output: storage.Output) -> str:
     if plan.prompts.skipped:
         lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in plan.prompts.skipped)
         write_atomic(output.folder / SKIPPED, "".join(lines))
-    made = describe(plan, config, summary, read_json(output.folder / JOURNAL / "engines.json"))
-    output.publish(made, card(made, config, files[0]))
-    return storage.deliver(plan.output)
+    made = describe(plan, config, summary, output.notes())
+    return made, card(made, config, files[SPLIT][0])
 
 
 def describe(plan: Plan, config: Config, summary: Summary, engines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -447,6 +446,9 @@ def card(made: dict[str, Any], config: Config, shard: Path) -> str:
 
 def main(config: Config) -> Path:
     check_values(config)
+    share = storage.choose_share(config.shard_index, config.num_shards)
+    if config.push_only:
+        return storage.push_only(config.output_repo, public=config.public, overwrite=config.run.overwrite)
     pending = config.run.pending_rows() if config.run.check else {}
     if config.prompts in pending or config.model in pending:
         return check_pending(config, pending)
@@ -458,8 +460,11 @@ def main(config: Config) -> Path:
     if config.run.check:
         return folder
     started = time.monotonic()
-    storage.prepare_delivery(plan.output, public=config.public, flag="--output_repo")
-    with storage.open_output(folder, plan.identity, overwrite=config.run.overwrite) as output:
+    overwrite = config.run.overwrite
+    remote = storage.prepare_delivery(
+        plan.output, plan.identity, public=config.public, overwrite=overwrite, flag="--output_repo"
+    )
+    with storage.open_output(folder, plan.identity, overwrite=overwrite, share=share, remote=remote) as output:
         if output.done:
             say(f"done before: {storage.deliver(plan.output)}")  # again: that push may be what was killed
             return folder
@@ -471,9 +476,11 @@ def main(config: Config) -> Path:
             rows_per_shard=config.rows_per_shard,
             token_logps=config.token_logps,
         )
-        sample_all(plan, config, responses, output.folder)
-        where = publish(plan, config, output)
-    say(f"done in {duration(time.monotonic() - started)}: {where}")
+        sample_all(plan, config, responses)
+        where = storage.finish(
+            output, plan.output, lambda files: report(plan, config, output, files), overwrite=overwrite
+        )
+    say(f"done in {duration(time.monotonic() - started)}: {where or 'this share; other jobs have theirs to do'}")
     return folder
 
 

@@ -32,7 +32,6 @@ from rlhf_pipeline.core.command import (
     fields_with_roles,
     what_fields,
 )
-from rlhf_pipeline.core.files import locked
 from rlhf_pipeline.core.progress import bar, duration, is_main, say
 from rlhf_pipeline.core.ranking import reward_report, scoring
 from rlhf_pipeline.core.ranking.network_scorers import Backend, Dtype, HeadDtype, ScoringOptions, resolve_dtype
@@ -54,8 +53,6 @@ BYTES_PER_RESPONSE, BYTES_PER_REWARD = 4000, 320
 """For the estimate of the output's size: text and ids; a reward with ArmoRM's objectives and coefficients."""
 CARRIED = ("sampling", "chat")
 """Parts of the input's provenance that later stages ask for."""
-REPORT_WAIT = 600.0
-"""Seconds that a worker waits for another that is writing the report of the finished set."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +99,14 @@ class Config:
     batch_tokens: How[int | None] = None
     """Tokens of one batch, padding included; halved when the GPU's memory is too small. None: 32768 on a GPU,
     2048 on a CPU, with --backend vllm its own choice."""
+    num_shards: How[int] = 1
+    """Jobs that together write this output, each its share of the parquet files; see docs/storage.md."""
+    shard_index: How[int | None] = None
+    """Which of these jobs this is, from 0."""
     public: How[bool] = False
     """Make an output on the Hub public."""
+    push_only: How[bool] = False
+    """Push an output that is whole in its local folder, and compute nothing."""
     run: RUN = RunFlags()
 
 
@@ -334,15 +337,15 @@ def check_some_rewards(table: pa.Table, num_responses: int) -> None:
 
 
 def rank_blocks(plan: Plan, config: Config, output: storage.Output, worker: int, workers: int) -> None:
-    """Score this worker's blocks that are not there yet."""
-    mine = list(enumerate(plan.blocks))[worker::workers]
+    """Score the blocks of this job's share that are this worker's and not there yet."""
+    mine = output.share.of(list(enumerate(plan.blocks)))[worker::workers]
     waiting = [(index, block) for index, block in mine if not output.has_shard(SPLIT, index)]
     if not waiting:
         return
     ids = plan.source.prompt_ids()
     total = sum(len(block) for _, block in mine) * config.num_responses
     left = sum(len(block) for _, block in waiting) * config.num_responses
-    journals = output.folder / "journal" / str(worker)
+    journals = output.folder / "journal" / f"{output.share}.{worker}"
     with (
         closing(scoring.load_scorers(plan.reward_models, plan.options, config.combine, journals=journals)) as scorer,
         bar(total, "responses", "rank", done=total - left) as advance,
@@ -355,21 +358,13 @@ def rank_blocks(plan: Plan, config: Config, output: storage.Output, worker: int,
             advance(len(block) * config.num_responses)
 
 
-def publish_if_whole(plan: Plan, config: Config, output: storage.Output) -> str | None:
-    """Report on the finished set and publish it; returns where it is, None while other workers' blocks lack.
-
-    Of several workers that find the set whole one does this; for the others the shards are no longer here.
-    """
-    with locked(output.final.with_name(f".{output.final.name}.report"), wait=REPORT_WAIT):
-        if not all(output.has_shard(SPLIT, index) for index in range(len(plan.blocks))):
-            return None
-        files = storage.shard_files(output.folder, "--output_repo")[SPLIT]
-        rewards = reward_report.read(files, config.num_responses)
-        report = reward_report.make(rewards, members=len(plan.reward_models) > 1)
-        print("\n".join(reward_report.lines(report)), flush=True)
-        made = describe(plan, config, report, rewards.errors[:LISTED])
-        output.publish(made, card(made, files[0], config))
-        return storage.deliver(plan.output)
+def report(plan: Plan, config: Config, files: Sequence[Path]) -> tuple[dict[str, Any], str]:
+    """Report on the finished set; returns provenance and card."""
+    rewards = reward_report.read(files, config.num_responses)
+    made_of = reward_report.make(rewards, members=len(plan.reward_models) > 1)
+    print("\n".join(reward_report.lines(made_of)), flush=True)
+    made = describe(plan, config, made_of, rewards.errors[:LISTED])
+    return made, card(made, files[0], config)
 
 
 def describe(
@@ -412,6 +407,9 @@ def card(made: dict[str, Any], shard: Path, config: Config) -> str:
 def main(config: Config) -> Path:
     check_values(config)
     preflight.check_launch()
+    share = storage.choose_share(config.shard_index, config.num_shards)
+    if config.push_only:
+        return storage.push_only(config.output_repo, public=config.public, overwrite=config.run.overwrite)
     pending = config.run.pending_rows() if config.run.check else {}
     if config.input_repo in pending or any(text in pending for text in config.reward_model):
         return check_pending(config, pending)
@@ -421,15 +419,23 @@ def main(config: Config) -> Path:
     if config.run.check:
         return folder
     started = time.monotonic()
-    storage.prepare_delivery(plan.output, public=config.public, flag="--output_repo")
     worker, workers = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    with storage.open_output(folder, plan.identity, overwrite=config.run.overwrite, worker=worker) as output:
+    overwrite = config.run.overwrite
+    remote = storage.prepare_delivery(
+        plan.output, plan.identity, public=config.public, overwrite=overwrite, flag="--output_repo"
+    )
+    with storage.open_output(
+        folder, plan.identity, overwrite=overwrite, share=share, worker=worker, remote=remote
+    ) as output:
         if output.done:
             if is_main():
                 say(f"done before: {storage.deliver(plan.output)}")  # again: that push may be what was killed
             return folder
+        output.expect(SPLIT, len(plan.blocks))
         rank_blocks(plan, config, output, worker, workers)
-        where = publish_if_whole(plan, config, output)
+        where = storage.finish(
+            output, plan.output, lambda files: report(plan, config, files[SPLIT]), overwrite=overwrite
+        )
     if where is not None:
         print(f"done in {duration(time.monotonic() - started)}: {where}", flush=True)
     return folder

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_pipeline.core.command import BadUse
+from rlhf_pipeline.core.command import BadUse, WorkFailed
 
 LOCK_WAIT = 60.0
 """Seconds a restart waits for the lock of the run that it follows."""
+FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file is too large"}
+TEMPORARY = ".*.tmp*"
+"""What `atomic` leaves beside a file when it is killed, as a glob pattern."""
 
 
 def sync_folder(folder: Path) -> None:
@@ -34,17 +39,35 @@ def sync_file(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; what the block wrote there becomes `path` whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+def room_for(path: Path) -> Iterator[None]:
+    """Raises WorkFailed with one sentence where the disk has no room for what the block writes to `path`."""
     try:
-        yield temporary
-        sync_file(temporary)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise WorkFailed(
+            f"{path} can't be written, {FULL[error.errno]}: what was finished before is safe; make room and run the "
+            "same command again to go on from here."
+        ) from error
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; what the block wrote there becomes `path` whole, or not at all.
+
+    Raises WorkFailed where the disk is full.
+    """
+    with room_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+        try:
+            yield temporary
+            sync_file(temporary)
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -73,27 +96,45 @@ class Journal:
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-        data = path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        self.records: list[dict[str, Any]] = [json.loads(line) for line in data[:whole].splitlines()]
-        self._file = path.open("rb+")
+        self.path = path
+        self.records, whole = _whole_lines(path.read_bytes())
+        self._file = path.open("rb+", buffering=0)
         self._file.truncate(whole)
         self._file.seek(whole)
 
     def append(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
+        """Raises WorkFailed where the disk is full."""
+        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        with room_for(self.path):
+            while line:  # a disk that becomes full takes a part of it first
+                line = line[self._file.write(line) :]
 
     def close(self) -> None:
-        os.fsync(self._file.fileno())
+        with room_for(self.path):
+            os.fsync(self._file.fileno())
         self._file.close()
 
 
+def _whole_lines(data: bytes) -> tuple[list[dict[str, Any]], int]:
+    """(records, bytes that hold them): up to the first line that is torn, or was never written to the disk."""
+    records, position = [], 0
+    for line in data.splitlines(keepends=True):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+        if not line.endswith(b"\n"):
+            records.pop()
+            break
+        position += len(line)
+    return records, position
+
+
 @contextlib.contextmanager
-def locked(path: Path, *, wait: float = LOCK_WAIT) -> Iterator[None]:
+def locked(path: Path, *, wait: float = LOCK_WAIT, note: str = "") -> Iterator[None]:
     """Hold an exclusive lock on `path`, which the kernel gives back when the process ends, however it ends.
 
-    Raises BadUse naming the holder after `wait` seconds.
+    note: what `notes_of_holders` tells others. Raises BadUse naming the holder after `wait` seconds.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
@@ -101,21 +142,32 @@ def locked(path: Path, *, wait: float = LOCK_WAIT) -> Iterator[None]:
         while not _try_lock(file.fileno()):
             if time.monotonic() > deadline:
                 file.seek(0)
-                holder = file.read().strip() or "unknown"
+                holder = file.readline().strip() or "unknown"
                 raise BadUse(
                     f"{path} is held by process {holder}, which writes the same output. "
                     "Wait for it, or end it, then run the same command again."
                 )
             time.sleep(0.2)
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(f"{os.getpid()} on {socket.gethostname()}\n{note}\n")
         file.flush()
         yield
 
 
-def _try_lock(descriptor: int) -> bool:
+def notes_of_holders(paths: Iterable[Path]) -> dict[Path, tuple[str, str]]:
+    """{path: (holder, note)} of those locks that are held at this moment."""
+    held = {}
+    for path in paths:
+        with path.open() as file:
+            if not _try_lock(file.fileno(), fcntl.LOCK_SH):
+                holder, _, note = file.read().partition("\n")
+                held[path] = (holder, note.strip())
+    return held
+
+
+def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

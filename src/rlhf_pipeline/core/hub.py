@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -79,12 +79,16 @@ def look_up(repo_id: str, kind: Kind, revision: str | None, *, flag: str) -> tup
         return info.sha or "", [sibling.rfilename for sibling in info.siblings or ()]
 
 
-def download(repo_id: str, kind: Kind, commit: str, *, patterns: Sequence[str], flag: str) -> Path:
-    """The local snapshot folder of a Hub repo at `commit`, holding the files that match `patterns`."""
+def download(
+    repo_id: str, kind: Kind, commit: str, *, patterns: Sequence[str], flag: str, into: Path | None = None
+) -> Path:
+    """The folder with the files of a Hub repo at `commit` that match `patterns`: `into`, or one in the local cache."""
     from huggingface_hub import snapshot_download
 
     with explained(repo_id, kind, flag):
-        return Path(snapshot_download(repo_id, repo_type=kind, revision=commit, allow_patterns=list(patterns)))
+        return Path(
+            snapshot_download(repo_id, repo_type=kind, revision=commit, allow_patterns=list(patterns), local_dir=into)
+        )
 
 
 def writable_accounts() -> set[str]:
@@ -113,16 +117,66 @@ def create_repo(repo_id: str, kind: Kind, *, private: bool, flag: str) -> None:
         HfApi().create_repo(repo_id, repo_type=kind, private=private, exist_ok=True)
 
 
-def push(folder: Path, repo_id: str, kind: Kind, *, ignore: Sequence[str] = ()) -> str:
-    """Upload `folder` as one commit and return the commit's id. Raises WorkFailed; the folder stays as it is."""
+class Overtaken(Exception):
+    """Another commit came between the one that ours builds on and ours."""
+
+
+@contextlib.contextmanager
+def _overtaken() -> Iterator[None]:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in (409, 412):
+            raise Overtaken from error
+        raise
+
+
+def push(
+    folder: Path,
+    repo_id: str,
+    kind: Kind,
+    *,
+    ignore: Sequence[str] = (),
+    replace: Sequence[str] = (),
+    parent: str | None = None,
+    flag: str = "--push_to",
+) -> str:
+    """Upload `folder` as one commit and return the commit's id. Raises WorkFailed; the folder stays as it is.
+
+    What a push that was killed had uploaded of large files is not sent again. replace: patterns of files that go from
+    the repo if `folder` lacks them. parent: the commit to build on; raises Overtaken if it is not the last one.
+    """
     from huggingface_hub import HfApi
 
-    with explained(repo_id, kind, "--push_to"):
+    with explained(repo_id, kind, flag), _overtaken():
         commit = HfApi().upload_folder(
             folder_path=folder,
             repo_id=repo_id,
             repo_type=kind,
             ignore_patterns=list(ignore),
+            delete_patterns=list(replace),
+            parent_commit=parent,
             commit_message="rlhf_pipeline",
+        )
+    return str(commit.oid)
+
+
+def commit_files(
+    repo_id: str, kind: Kind, *, add: Mapping[str, Path | bytes], delete: Iterable[str], parent: str, flag: str
+) -> str:
+    """Commit these files, {name in the repo: file or content}, on top of `parent`, and return the commit's id.
+
+    Raises Overtaken if `parent` is not the last commit any more.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
+
+    operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = []
+    operations += [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in add.items()]
+    operations += [CommitOperationDelete(path_in_repo=name) for name in delete]
+    with explained(repo_id, kind, flag), _overtaken():
+        commit = HfApi().create_commit(
+            repo_id, operations, repo_type=kind, parent_commit=parent, commit_message="rlhf_pipeline"
         )
     return str(commit.oid)

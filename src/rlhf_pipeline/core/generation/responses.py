@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_pipeline.core import schema
-from rlhf_pipeline.core.files import Journal, read_json, write_json
+from rlhf_pipeline.core.files import Journal
 from rlhf_pipeline.core.generation.prompts import Prompt
 from rlhf_pipeline.core.generation.sampling import Request, Sample
-from rlhf_pipeline.core.storage import Output
+from rlhf_pipeline.core.storage import Output, even_shards
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,7 +43,7 @@ class Responses:
     """The responses of a run that writes to `output`.
 
     The key of response i to the prompt numbered p among `prompts` is p * num_responses + i. rows_per_shard
-    counts where the run has no shards yet; later it stays what it was.
+    counts where the run has no shards yet; later it stays what it was. Of several jobs each makes its share.
     """
 
     def __init__(
@@ -61,10 +61,13 @@ class Responses:
         self.num_responses = num_responses
         self.seed = seed
         self.token_logps = token_logps
-        self.rows_per_shard = _settle_shards(output.folder / JOURNAL / "shards.json", rows_per_shard)
+        even = even_shards(len(prompts), rows_per_shard, output.share.count)
+        self.rows_per_shard = output.settle("rows_per_shard", even)
+        output.expect(SPLIT, self.num_shards)
+        self.shards = output.share.of(range(self.num_shards))
         self._types = _column_types(prompts)
         self._open: dict[int, _Shard] = {}
-        for index in range(self.num_shards):
+        for index in self.shards:
             if not output.has_shard(SPLIT, index) and self._journal_path(index).exists():
                 self._open_shard(index)
 
@@ -74,17 +77,18 @@ class Responses:
 
     @property
     def total(self) -> int:
-        return len(self.prompts) * self.num_responses
+        """Of this job's shards."""
+        return sum(len(self._keys(index)) for index in self.shards)
 
     @property
     def finished(self) -> int:
         """Responses that need not be sampled again."""
-        written = (i for i in range(self.num_shards) if self.output.has_shard(SPLIT, i))
+        written = (i for i in self.shards if self.output.has_shard(SPLIT, i))
         return sum(len(self._keys(i)) for i in written) + sum(len(shard.samples) for shard in self._open.values())
 
     def requests(self) -> Iterator[Request]:
         """What is still to be sampled, shard by shard, the responses to one prompt together."""
-        for index in range(self.num_shards):
+        for index in self.shards:
             if self.output.has_shard(SPLIT, index):
                 continue
             shard = self._open.get(index) or self._open_shard(index)
@@ -151,15 +155,6 @@ class Responses:
                 logps = [sample.token_logps for sample in column]
                 columns[response_token_logps(i)] = pa.array(logps, pa.list_(pa.float32()))
         return pa.table(columns)
-
-
-def _settle_shards(path: Path, rows_per_shard: int) -> int:
-    """The rows per shard that this output was begun with; `rows_per_shard` if it begins now."""
-    recorded = read_json(path)
-    if recorded is None:
-        write_json(path, {"rows_per_shard": rows_per_shard})
-        return rows_per_shard
-    return int(recorded["rows_per_shard"])
 
 
 def _column_types(prompts: Sequence[Prompt]) -> dict[str, pa.DataType]:

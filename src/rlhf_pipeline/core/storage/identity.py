@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.core.command import BadUse
@@ -20,11 +19,15 @@ def differences(recorded: Any, wanted: Any, name: str = "") -> list[str]:
     return [] if recorded == wanted else [f"{name} was {json.dumps(recorded)}, now {json.dumps(wanted)}"]
 
 
-def check_same_run(folder: Path, recorded: Any, identity: dict[str, Any]) -> None:
-    """Raise BadUse naming what differs if `folder` holds (part of) the output of another run."""
-    changed = differences(recorded, json.loads(json.dumps(identity)))
-    if changed:
+def changes(recorded: Any, identity: Any) -> list[str]:
+    """`differences` between what was read from a file and an identity as this process has it."""
+    return differences(recorded, json.loads(json.dumps(identity)))
+
+
+def check_same_run(where: object, recorded: Any, identity: Any) -> None:
+    """Raise BadUse naming what differs if `where` (a folder or a repo) holds (part of) the output of another run."""
+    if changed := changes(recorded, identity):
         raise BadUse(
-            f"{folder} holds the output of another run ({'; '.join(changed[:4])}): "
+            f"{where} holds the output of another run ({'; '.join(changed[:4])}): "
             "name another output, or pass --overwrite to replace it."
         )

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING
 from rlhf_pipeline.core import hub, schema
 from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.files import read_json, sha256_of
-from rlhf_pipeline.core.storage.layout import CARD, PROVENANCE, partial_folder, shard_files
+from rlhf_pipeline.core.storage import remote
+from rlhf_pipeline.core.storage.layout import (
+    CARD,
+    PROVENANCE,
+    SETTLED,
+    UNDER_WAY,
+    counts_of,
+    lacking,
+    partial_folder,
+    say_missing,
+    shard_files,
+    shards_among,
+)
 from rlhf_pipeline.core.storage.prompt_files import open_file
 from rlhf_pipeline.core.storage.references import Ref, parse_ref
 from rlhf_pipeline.core.storage.sources import Source, make_source, parquet_tables
@@ -42,17 +54,18 @@ def _open_hub(ref: Ref, split: str | None, flag: str) -> Source:
             str(ref.repo_id), "dataset", commit, patterns=(CARD, PROVENANCE, "data/*", "*.jsonl"), flag=flag
         )
         return _open_folder(ref, folder, split, flag, fingerprint=commit)
+    if any(name.startswith(f"{UNDER_WAY}/") for name in names):
+        counts = remote.counts_among(names)
+        missing = lacking(counts, shards_among(Path(name).name for name in names))
+        lacks = say_missing(missing, counts, remote.num_jobs(names)) if missing else "it lacks only its card"
+        raise BadUse(f"{flag} {ref.text} is not whole yet: {lacks}; run the commands that write them.")
     return _open_foreign(ref, str(ref.repo_id), split, flag, revision=commit, fingerprint=commit)
 
 
 def _open_folder(ref: Ref, folder: Path, split: str | None, flag: str, *, fingerprint: str | None = None) -> Source:
     if not folder.is_dir():
         partial = partial_folder(folder)
-        hint = (
-            f"it is being written in {partial}: run that stage's command again to finish it"
-            if partial.is_dir()
-            else ("check the name, or run the stage that writes it")
-        )
+        hint = _describe_partial(partial) if partial.is_dir() else "check the name, or run the stage that writes it"
         raise BadUse(f"{flag} {ref.text} does not exist; {hint}.")
     provenance = read_json(folder / PROVENANCE)
     shards = shard_files(folder, flag)
@@ -73,6 +86,18 @@ def _open_folder(ref: Ref, folder: Path, split: str | None, flag: str, *, finger
         ref, name, tuple(shards), columns, sum(counts), fingerprint, provenance, folder,
         lambda names, size, start, stop: parquet_tables(files, counts, names, size, start, stop),
     )  # fmt: skip
+
+
+def _describe_partial(partial: Path) -> str:
+    """What a reader is told of an output that is being written."""
+    written = f"it is being written in {partial}"
+    settled = read_json(partial / SETTLED) or {}
+    counts = counts_of(settled)
+    missing = lacking(counts, shards_among(path.name for path in (partial / "data").glob("*.parquet")))
+    if not missing:
+        return f"{written}: run that stage's command again to finish it"
+    jobs = settled.get("num_shards", 1)
+    return f"{written}, and {say_missing(missing, counts, jobs)}: run the commands that write them, to the end"
 
 
 def _open_foreign(

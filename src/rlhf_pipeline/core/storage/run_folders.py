@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.files import locked, read_json, remove, write_atomic, write_json
-from rlhf_pipeline.core.storage.identity import check_same_run, differences
+from rlhf_pipeline.core.storage.identity import changes, check_same_run
 from rlhf_pipeline.core.storage.layout import CARD, IDENTITY, PROVENANCE
 
 
@@ -24,7 +23,7 @@ def run_state(folder: Path, identity: dict[str, Any], *, overwrite: bool) -> str
         if folder.is_dir() and any(folder.iterdir()):
             raise BadUse(f"{folder} exists and is not an output of rlhf_pipeline: name another output folder.")
         return "absent"
-    if overwrite and differences(recorded, json.loads(json.dumps(identity))):
+    if overwrite and changes(recorded, identity):
         return "absent"
     check_same_run(folder, recorded, identity)
     return "done" if finished else "partial"
