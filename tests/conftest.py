@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,31 @@ def tiny_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"prompt_id": f"p{index:02d}", "prompt": prompt} for index, prompt in enumerate(PROMPTS)]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def hub() -> Iterator[Any]:
+    """A `hub_server.Hub`."""
+    from hub_server import Hub
+
+    server = Hub()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def online(hub: Any, tmp_path: Path) -> dict[str, str]:
+    """The environment of a command that sees this Hub and no other, signed in."""
+    from hub_server import TOKEN
+
+    return {
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": TOKEN,
+        "HF_HOME": str(tmp_path / "huggingface"),
+        "HF_HUB_OFFLINE": "0",
+        "TRANSFORMERS_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
 
 
 RunCommand = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -15,13 +15,22 @@ KINDS = {"datasets": "dataset", "models": "model"}
 
 
 class Hub:
-    """Repos by (kind, id): {"private": bool, "files": {path: bytes}, "sha": str}; and every path that was asked for."""
+    """Repos by (kind, id): {"private": bool, "files": {path: bytes}, "sha": str}; and every path that was asked for.
+
+    A repo with "gated": True gives nobody its files. Large files are uploaded beside the commits, as blobs by sha256.
+    """
 
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], dict[str, Any]] = {}
         self.asked: list[str] = []
         self.failures: list[int] = []
         """HTTP codes with which the next commits are refused"""
+        self.blobs: dict[str, bytes] = {}
+        self.blob_failures: list[int] = []
+        """HTTP codes with which the next uploads of large files are refused; 0: taken"""
+        self.together: threading.Barrier | None = None
+        """Where the next commits wait for each other, so that they are made on top of the same one"""
+        self.lock = threading.Lock()
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -31,7 +40,7 @@ class Hub:
             def do_GET(self) -> None:
                 answer(self, hub)
 
-            do_HEAD = do_POST = do_GET
+            do_HEAD = do_POST = do_PUT = do_GET
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -53,6 +62,10 @@ def answer(request: BaseHTTPRequestHandler, hub: Hub) -> None:
         send_json(request, {"errors": [], "warnings": []})
     elif path == "api/repos/create":
         create(request, hub, json.loads(body), signed_in)
+    elif path.endswith(".git/info/lfs/objects/batch"):
+        offer_uploads(request, hub, json.loads(body))
+    elif path.startswith("blobs/"):
+        take_blob(request, hub, path.removeprefix("blobs/"), body)
     elif path.startswith("api/"):
         _, kinds, owner, name, *rest = path.split("/")
         about(request, hub, KINDS[kinds], f"{owner}/{name}", rest, body, signed_in)
@@ -80,8 +93,9 @@ def about(
     if repo is None or (repo["private"] and not signed_in):
         send_json(request, {"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
     elif rest[:1] == ["preupload"]:
-        files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]
-        send_json(request, {"files": files})
+        send_json(request, {"files": [upload_mode(repo, file["path"]) for file in json.loads(body)["files"]]})
+    elif rest[:1] == ["auth-check"]:
+        send_json(request, {}) if not repo.get("gated") else send_gated(request)
     elif rest[:1] == ["commit"]:
         commit(request, hub, repo, body, f"{hub.url}/{'datasets/' if kind == 'dataset' else ''}{name}")
     elif rest[:1] == ["tree"]:
@@ -94,15 +108,54 @@ def about(
         send_json(request, {**about_it, "downloads": 0, "likes": 0})
 
 
+def upload_mode(repo: dict[str, Any], path: str) -> dict[str, Any]:
+    """Large or regular; and the hash of what the repo has there, by which a client sees what has not changed."""
+    large, content = path.endswith((".parquet", ".safetensors")), repo["files"].get(path)
+    oid = None
+    if content is not None:
+        oid = (hashlib.sha256(content) if large else hashlib.sha1(b"blob %d\0" % len(content) + content)).hexdigest()
+    return {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": oid}
+
+
+def offer_uploads(request: BaseHTTPRequestHandler, hub: Hub, wanted: dict[str, Any]) -> None:
+    """Where to put the large files that are not here yet."""
+    objects = []
+    for item in wanted["objects"]:
+        upload = {"actions": {"upload": {"href": f"{hub.url}/blobs/{item['oid']}"}}}
+        objects.append({**item, "authenticated": True, **({} if item["oid"] in hub.blobs else upload)})
+    send_json(request, {"transfer": "basic", "objects": objects})
+
+
+def take_blob(request: BaseHTTPRequestHandler, hub: Hub, oid: str, content: bytes) -> None:
+    code = hub.blob_failures.pop(0) if hub.blob_failures else 0
+    if code == 0:
+        assert hashlib.sha256(content).hexdigest() == oid
+        hub.blobs[oid] = content
+    send_json(request, {}, code or 200)
+
+
 def commit(request: BaseHTTPRequestHandler, hub: Hub, repo: dict[str, Any], body: bytes, url: str) -> None:
     if hub.failures:
         send_json(request, {"error": "not now"}, hub.failures.pop(0))
         return
-    for line in map(json.loads, body.splitlines()):
-        if line["key"] == "file":
-            repo["files"][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-    repo["sha"] = hashlib.sha1(body).hexdigest()
-    send_json(request, {"success": True, "commitOid": repo["sha"], "commitUrl": f"{url}/commit/{repo['sha']}"})
+    lines = [json.loads(line) for line in body.splitlines()]
+    if hub.together is not None and hub.together.wait(60) == 0:
+        hub.together = None
+    with hub.lock:
+        if lines[0]["value"].get("parentCommit") not in (None, repo["sha"]):
+            send_json(request, {"error": "A commit has happened since. Please refresh and try again."}, 412)
+            return
+        for line in lines:
+            path = line["value"].get("path")
+            if line["key"] == "file":
+                repo["files"][path] = base64.b64decode(line["value"]["content"])
+            elif line["key"] == "lfsFile":
+                repo["files"][path] = hub.blobs[line["value"]["oid"]]
+            elif line["key"] == "deletedFile":
+                del repo["files"][path]
+        repo["sha"] = hashlib.sha1(repo["sha"].encode() + body).hexdigest()
+        sha = repo["sha"]
+    send_json(request, {"success": True, "commitOid": sha, "commitUrl": f"{url}/commit/{sha}"})
 
 
 def download(request: BaseHTTPRequestHandler, hub: Hub, path: str, signed_in: bool) -> None:
@@ -111,12 +164,18 @@ def download(request: BaseHTTPRequestHandler, hub: Hub, path: str, signed_in: bo
     repo = hub.repos.get((kind, f"{owner}/{name}"))
     if repo is None or (repo["private"] and not signed_in):
         send_json(request, {}, 404, {"X-Error-Code": "RepoNotFound"})
+    elif repo.get("gated"):
+        send_gated(request)
     elif "/".join(file) not in repo["files"]:
         send_json(request, {}, 404, {"X-Error-Code": "EntryNotFound"})
     else:
         content = repo["files"]["/".join(file)]
         etag = hashlib.sha1(content).hexdigest()
         send(request, content, 200, {"ETag": f'"{etag}"', "X-Repo-Commit": repo["sha"]})
+
+
+def send_gated(request: BaseHTTPRequestHandler) -> None:
+    send_json(request, {"error": "Access to this repo is restricted"}, 403, {"X-Error-Code": "GatedRepo"})
 
 
 def send_json(

@@ -51,7 +51,7 @@ from rlhf_pipeline.core.reporting.evaluation import RESULTS
 from rlhf_pipeline.core.reporting.run_folder import RECIPE, STOP, TIMINGS
 
 LOGS = "logs"
-THIS_TIME = ("recipe", "from_stage", "to_stage", "slurm", "overrides")
+THIS_TIME = ("recipe", "from_stage", "to_stage", "slurm", "slurm_shards", "overrides")
 """Fields that belong to one start of a run, not into its recipe; those of `run` are others."""
 
 
@@ -87,6 +87,8 @@ class Config:
     """Last stage to run. None: the last of all."""
     slurm: How[bool] = False
     """Print the stages that are left as a shell script that submits them as jobs, each after those that it needs."""
+    slurm_shards: How[int] = 1
+    """With --slurm: generate and rank as arrays of so many jobs, which together write one output."""
     overrides: Annotated[How[tuple[str, ...]], tyro.conf.Suppress] = ()
     """The words --STAGE.FLAG VALUE of the command line."""
     run: RUN = RunFlags()
@@ -124,6 +126,8 @@ def check_values(config: Config, told: Recipe) -> None:
     """Raise BadUse for values that can't be meant, before anything is read."""
     if config.iterations < 1:
         raise BadUse(f"--iterations is {config.iterations}; expected 1 or more.")
+    if config.slurm_shards < 1 or (config.slurm_shards > 1 and not config.slurm):
+        raise BadUse(f"--slurm_shards is {config.slurm_shards}; expected 1 or more, and it goes with --slurm.")
     stopping.check_values(config.stop)
     if config.repo is not None and config.repo.count("/") != 1:
         raise BadUse(f"--repo {config.repo} is not of the form OWNER/NAME.")
@@ -230,7 +234,8 @@ def print_jobs(config: Config, told: Recipe, run: Run) -> None:
         )
     looks = take_stock(config, told, run)
     left = [look.stage for look in looks if not look.finished]
-    for line in slurm.script(left, run.folder, *(["--overwrite"] if config.run.overwrite else [])):
+    more = ["--overwrite"] if config.run.overwrite else []
+    for line in slurm.script(left, run.folder, *more, shards=config.slurm_shards):
         say(line)
 
 

@@ -8,30 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from hub_server import TOKEN, Hub
+from hub_server import TOKEN
 from tiny_pairs import write_pairs
 
 REWARD = "def length(rows):\n    return [float(len(row['response'])) for row in rows]\n"
-
-
-@pytest.fixture
-def hub():
-    server = Hub()
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def online(hub, tmp_path) -> dict[str, str]:
-    """The environment of a command that sees this Hub and no other, signed in."""
-    return {
-        "HF_ENDPOINT": hub.url,
-        "HF_TOKEN": TOKEN,
-        "HF_HOME": str(tmp_path / "huggingface"),
-        "HF_HUB_OFFLINE": "0",
-        "TRANSFORMERS_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-    }
 
 
 @pytest.fixture

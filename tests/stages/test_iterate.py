@@ -155,6 +155,18 @@ def test_every_slurm_job_waits_for_those_whose_output_it_needs(tmp_path: Path) -
     assert (tmp_path / "runs" / "a" / "logs").is_dir()
 
 
+def test_generate_and_rank_become_arrays_whose_jobs_get_their_number(tmp_path: Path) -> None:
+    plan = stages.plan(Recipe(), Run(folder="runs/a", model="./start", prompts="./p.jsonl", iterations=1))
+    jobs = submit(slurm.script(plan, "runs/a", shards=4), tmp_path)
+    assert ["--array=0-3" in job for job in jobs] == [True, True, False, False]
+    assert [job[-2:] == ["--num_shards", "4"] for job in jobs] == [True, True, False, False]
+    for name in ("generate", "rank"):
+        command = ["bash", str(REPO / f"scripts/slurm/{name}.sbatch"), "echo", "--num_shards", "4"]
+        for environment, expected in (({"SLURM_ARRAY_TASK_ID": "0"}, " --shard_index 0"), ({}, "")):
+            out = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+            assert out.stdout == f"--num_shards 4{expected}\n"
+
+
 def test_the_train_job_puts_iteration_1s_eta_in_the_place_of_the_target(tmp_path: Path) -> None:
     made = {"config": {"rebel.eta": 1e6}, "loss": {"name": "rebel", "eta": 0.7297297, "target_gap": None}}
     (tmp_path / "provenance.json").write_text(json.dumps(made, indent=2))

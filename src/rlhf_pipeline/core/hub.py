@@ -117,19 +117,23 @@ def create_repo(repo_id: str, kind: Kind, *, private: bool, flag: str) -> None:
         HfApi().create_repo(repo_id, repo_type=kind, private=private, exist_ok=True)
 
 
-class Overtaken(Exception):
+class Overtaken(WorkFailed):
     """Another commit came between the one that ours builds on and ours."""
 
 
 @contextlib.contextmanager
-def _overtaken() -> Iterator[None]:
+def _failures_of_commits() -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         yield
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code in (409, 412):
-            raise Overtaken from error
+            raise Overtaken("another commit to the same repo came between: run the same command again.") from error
+        raise
+    except RuntimeError as error:
+        if isinstance(error.__cause__, (HfHubHTTPError, _transport_error())):  # how it wraps a large file's failure
+            raise error.__cause__ from None
         raise
 
 
@@ -150,7 +154,7 @@ def push(
     """
     from huggingface_hub import HfApi
 
-    with explained(repo_id, kind, flag), _overtaken():
+    with explained(repo_id, kind, flag), _failures_of_commits():
         commit = HfApi().upload_folder(
             folder_path=folder,
             repo_id=repo_id,
@@ -175,7 +179,7 @@ def commit_files(
     operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = []
     operations += [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in add.items()]
     operations += [CommitOperationDelete(path_in_repo=name) for name in delete]
-    with explained(repo_id, kind, flag), _overtaken():
+    with explained(repo_id, kind, flag), _failures_of_commits():
         commit = HfApi().create_commit(
             repo_id, operations, repo_type=kind, parent_commit=parent, commit_message="rlhf_pipeline"
         )

@@ -23,8 +23,15 @@ SCRIPTS = {
 """{command: its script in scripts/slurm/}, where nodes, GPUs and hours stand."""
 
 
-def script(stages: Sequence[Stage], folder: str, *more: str) -> list[str]:
-    """Lines of bash. `more`: words for every stage's command. A job that fails holds back those that need it."""
+SHARED = ("generate", "rank")
+"""Commands of which several jobs can write one output."""
+
+
+def script(stages: Sequence[Stage], folder: str, *more: str, shards: int = 1) -> list[str]:
+    """Lines of bash. `more`: words for every stage's command. A job that fails holds back those that need it.
+
+    shards: jobs of the array that does each generate and each rank.
+    """
     lines = [
         "#!/usr/bin/env bash",
         f"# {folder}: {len(stages)} jobs. Printed, not submitted: pipe this into bash, or keep it and edit it.",
@@ -33,7 +40,7 @@ def script(stages: Sequence[Stage], folder: str, *more: str) -> list[str]:
     ]
     jobs: dict[str, str] = {}
     for stage in stages:
-        lines += ["", submission(stage, folder, needed(stage, jobs), *more)]
+        lines += ["", submission(stage, folder, needed(stage, jobs), *more, shards=shards)]
         jobs |= {place(ref): variable(stage) for ref in stage.writes}
     return lines
 
@@ -43,14 +50,18 @@ def needed(stage: Stage, jobs: dict[str, str]) -> list[str]:
     return list(dict.fromkeys(jobs[place(ref)] for ref in stage.inputs if place(ref) in jobs))
 
 
-def submission(stage: Stage, folder: str, after: Iterable[str], *more: str) -> str:
-    """The line that submits a stage and keeps its job's id in a variable."""
+def submission(stage: Stage, folder: str, after: Iterable[str], *more: str, shards: int = 1) -> str:
+    """The line that submits a stage, as an array if it is to be shared, and keeps its job's id in a variable."""
     ids = ":".join(f"${name}" for name in after)
+    shared = stage.command in SHARED and shards > 1
     options = [
         "--parsable",
         f"--job-name={stage.name}",
-        f"--output={folder}/logs/{stage.name.replace('/', '-')}-%j.log",
+        f"--output={folder}/logs/{stage.name.replace('/', '-')}-{'%A_%a' if shared else '%j'}.log",
     ]
+    if shared:
+        options.append(f"--array=0-{shards - 1}")
+        more = (*more, "--num_shards", str(shards))
     words = [*map(shlex.quote, options)]
     if ids:
         words.append(f"--dependency=afterok:{ids}")

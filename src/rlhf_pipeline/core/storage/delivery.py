@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.core import hub
-from rlhf_pipeline.core.command import BadUse
+from rlhf_pipeline.core.command import BadUse, WorkFailed
 from rlhf_pipeline.core.files import atomic, locked, read_json, write_json
 from rlhf_pipeline.core.progress import say
 from rlhf_pipeline.core.storage import remote
@@ -151,9 +151,12 @@ def deliver(output: Ref, *, flag: str = "--output_repo") -> str:
         commit, _ = hub.look_up(output.repo_id, "dataset", None, flag=flag)
     else:
         repo_id, folder = output.repo_id, output.folder
-        commit = remote.in_turn(
-            repo_id, lambda: hub.push(folder, repo_id, "dataset", replace=REPLACED, flag=flag), flag=flag
-        )
+        try:
+            commit = remote.in_turn(
+                repo_id, lambda: hub.push(folder, repo_id, "dataset", replace=REPLACED, flag=flag), flag=flag
+            )
+        except (BadUse, WorkFailed) as error:
+            raise type(error)(f"{error} The output is whole in {folder}; --push_only pushes it.") from error
     return f"hf://datasets/{output.repo_id}@{commit}"
 
 
