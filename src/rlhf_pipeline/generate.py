@@ -14,22 +14,23 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from rlhf_pipeline.core import preflight, provenance, storage, vllm_engine
+from rlhf_pipeline.core import endpoint, preflight, provenance, storage, vllm_engine
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import RUN, BadUse, How, RunFlags, What, entry, fields_with_roles, what_fields
 from rlhf_pipeline.core.files import write_atomic
 from rlhf_pipeline.core.generation import prompts
+from rlhf_pipeline.core.generation.endpoint_sampler import Endpoint, EndpointSampler
 from rlhf_pipeline.core.generation.engines import VllmEngines
 from rlhf_pipeline.core.generation.responses import JOURNAL, SEED_STEP, SPLIT, Responses, Summary, summarize
 from rlhf_pipeline.core.generation.sampling import (
     EngineOptions,
-    Sampler,
     SamplingSettings,
     TransformersSampler,
     VllmSampler,
@@ -96,6 +97,12 @@ class Config:
     engine: EngineOptions = EngineOptions()
     batch_invariant: How[bool] = False
     """vLLM's mode in which a row's numbers do not depend on its batch: a restart on GPUs gives identical rows."""
+    endpoint: What[str | None] = None
+    """Sample from an OpenAI-compatible endpoint instead of --model: its URL up to and with /v1. Gives text, no ids."""
+    endpoint_model: What[str | None] = None
+    """The endpoint's name for its model. A key, if it wants one, is read from OPENAI_API_KEY."""
+    endpoint_concurrency: How[int] = 64
+    """Requests to the endpoint at the same time."""
     rows_per_shard: How[int] = 1000
     """Prompts per parquet file, at most."""
     num_shards: How[int] = 1
@@ -110,31 +117,42 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Everything that is known before a model is loaded. window: tokens that the longest prompt and response need."""
+class Policy:
+    """A model that an engine of ours loads. window: tokens that the longest prompt and response need."""
 
     model: ModelRef
     chat: Chat
+    window: int
+    dtype: str
+    tensor_parallel_size: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before a model is loaded."""
+
+    policy: Policy | Endpoint
     source: storage.Source
     rows: int
     prompts: prompts.Prompts
-    window: int
-    tensor_parallel_size: int
-    dtype: str
     output: storage.Ref
     identity: dict[str, Any]
 
 
+AT_LEAST_ONE = (
+    "num_responses",
+    "maxlen",
+    "rows_per_shard",
+    "num_prompts",
+    "tensor_parallel_size",
+    "data_parallel_size",
+    "endpoint_concurrency",
+)
+
+
 def check_values(config: Config) -> None:
     """Raise BadUse for values that can't be meant, before anything is read."""
-    for name in (
-        "num_responses",
-        "maxlen",
-        "rows_per_shard",
-        "num_prompts",
-        "tensor_parallel_size",
-        "data_parallel_size",
-    ):
+    for name in AT_LEAST_ONE:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise BadUse(f"--{name} is {value}; expected 1 or more.")
@@ -149,6 +167,9 @@ def check_values(config: Config) -> None:
         )
     if config.seed < 0:
         raise BadUse(f"--seed is {config.seed}; expected 0 or more.")
+    if config.endpoint is not None or config.endpoint_model is not None:
+        check_endpoint_options(config)
+        return
     if config.data_parallel_size > 1 and config.engine.distributed_executor_backend == "ray":
         raise BadUse(
             f"--data_parallel_size {config.data_parallel_size} starts engines on this machine, "
@@ -170,12 +191,32 @@ def check_transformers_options(config: Config) -> None:
         raise BadUse("--batch_invariant is a mode of vLLM's: drop it, or pass --backend vllm.")
 
 
+NOT_FOR_AN_ENDPOINT = (
+    "model",
+    "chat_template",
+    "date",
+    "token_logps",
+    "backend",
+    "tensor_parallel_size",
+    "data_parallel_size",
+    "engine",
+    "batch_invariant",
+)
+"""Fields that say how an engine of ours works."""
+
+
+def check_endpoint_options(config: Config) -> None:
+    if config.endpoint is None or config.endpoint_model is None:
+        raise BadUse("--endpoint and --endpoint_model belong together: the URL, and the name that the model has there.")
+    defaults = {field.name: field.default for field in fields(config)}
+    for name in NOT_FOR_AN_ENDPOINT:
+        if getattr(config, name) != defaults[name]:
+            raise BadUse(f"--{name} has no meaning with --endpoint, which has an engine of its own: drop one of them.")
+
+
 def make_plan(config: Config) -> Plan:
     """Resolve and check inputs, and render the prompts. Raises BadUse with one sentence for what can't be sampled."""
-    from rlhf_pipeline.core import models
-
     output = storage.parse_ref(config.output_repo, flag="--output_repo", output=True)
-    model = models.resolve_model(config.model, flag="--model", chat_template=config.chat_template is None)
     source = storage.open_source(config.prompts, flag="--prompts", split=config.split)
     source = prompts.read_as_prompt(source, config.prompt_column)
     rows = prompts.choose_rows(
@@ -185,6 +226,25 @@ def make_plan(config: Config) -> Plan:
         num_prompts=config.num_prompts,
         shuffle_seed=config.shuffle_seed,
     )
+    if config.endpoint is not None:
+        return plan_endpoint(config, output, source, rows)
+    return plan_policy(config, output, source, rows)
+
+
+def plan_endpoint(config: Config, output: storage.Ref, source: storage.Source, rows: Sequence[int]) -> Plan:
+    which = Endpoint(str(config.endpoint), str(config.endpoint_model), config.endpoint_concurrency)
+    prepared = prompts.prepare(source, None, rows, None)
+    what = decisive_fields(config) | {"system_prompt": config.system_prompt}
+    for name in (*NOT_FOR_AN_ENDPOINT, *(name for name in what if name.startswith("engine."))):
+        what.pop(name, None)
+    identity = {"command": "generate", "what": what, "inputs": {"prompts": source.fingerprint}}
+    return Plan(which, source, len(rows), prepared, output, identity)
+
+
+def plan_policy(config: Config, output: storage.Ref, source: storage.Source, rows: Sequence[int]) -> Plan:
+    from rlhf_pipeline.core import models
+
+    model = models.resolve_model(config.model, flag="--model", chat_template=config.chat_template is None)
     chat = Chat.load(
         model.folder, chat_template=config.chat_template, system_prompt=config.system_prompt, date=config.date
     )
@@ -193,11 +253,15 @@ def make_plan(config: Config) -> Plan:
     prepared = prompts.prepare(source, chat, rows, limit)
     window = min(limit, prepared.longest + config.maxlen)
     dtype = checkpoint_dtype(model.folder) if config.engine.dtype == "auto" else config.engine.dtype
-    identity = identify(
-        config, dtype, chat, window, {"model": models.fingerprint(model), "prompts": source.fingerprint}
-    )
-    tensor_parallel_size = choose_tensor_parallel_size(config, model_config.get_text_config().num_attention_heads)
-    return Plan(model, chat, source, len(rows), prepared, window, tensor_parallel_size, dtype, output, identity)
+    size = choose_tensor_parallel_size(config, model_config.get_text_config().num_attention_heads)
+    what = decisive_fields(config) | {"engine.dtype": dtype, "window": window}
+    identity = {
+        "command": "generate",
+        "what": what,
+        "inputs": {"model": models.fingerprint(model), "prompts": source.fingerprint},
+        "chat": {**chat.describe(), "stop_ids": chat.end_ids},
+    }
+    return Plan(Policy(model, chat, window, dtype, size), source, len(rows), prepared, output, identity)
 
 
 def choose_window(of_model: int | None, config: Config) -> int:
@@ -227,31 +291,31 @@ def choose_tensor_parallel_size(config: Config, num_heads: int) -> int:
     return size
 
 
-def identify(config: Config, dtype: str, chat: Chat, window: int, inputs: dict[str, str]) -> dict[str, Any]:
-    """What decides the rows: values and contents, not the names under which they are found."""
+def decisive_fields(config: Config) -> dict[str, Any]:
+    """What decides the rows by its value; of the rest the contents count, not the names under which they are found."""
     what = what_fields(config)
     for name in ("output_repo", "model", "prompts", "system_prompt", "chat_template", "date"):
         del what[name]
-    what |= {"engine.dtype": dtype, "window": window}
-    described = chat.describe()
-    return {"command": "generate", "what": what, "inputs": inputs, "chat": {**described, "stop_ids": chat.end_ids}}
+    return what
 
 
-def settings_of(config: Config, chat: Chat) -> SamplingSettings:
+def settings_of(config: Config, policy: Policy | Endpoint) -> SamplingSettings:
     return SamplingSettings(
         temperature=config.temperature,
         top_p=config.top_p,
         max_tokens=config.maxlen,
-        stop_ids=chat.end_ids,
+        stop_ids=policy.chat.end_ids if isinstance(policy, Policy) else (),
         token_logps=config.token_logps,
     )
 
 
 def print_plan(plan: Plan, config: Config) -> None:
-    kept = plan.prompts.kept
-    tokens = sum(len(prompt.ids) for prompt in kept)
+    kept, policy = plan.prompts.kept, plan.policy
     responses = len(kept) * config.num_responses
-    say(f"model      {plan.model.text}: {plan.identity['inputs']['model'][:16]}, {plan.dtype}")
+    if isinstance(policy, Endpoint):
+        say(f"model      {policy.model} at {policy.url}: text only, no token ids")
+    else:
+        say(f"model      {policy.model.text}: {plan.identity['inputs']['model'][:16]}, {policy.dtype}")
     say(f"prompts    {plan.source.ref}: {plan.rows:,} of {plan.source.num_rows:,} rows, {len(kept):,} can be answered")
     for reason, count in plan.prompts.reasons.items():
         say(f"set aside  {count:,}: {reason}")
@@ -262,15 +326,18 @@ def print_plan(plan: Plan, config: Config) -> None:
         f"responses  {responses:,}, {config.num_responses} to each prompt, temperature {config.temperature:g}, "
         f"top-p {config.top_p:g}, seeds {config.seed} to {last_seed} by {SEED_STEP}"
     )
-    say(
-        f"tokens     {tokens:,} of prompts, {plan.prompts.longest:,} of the longest; of responses at most "
-        f"{config.maxlen:,} each, {responses * config.maxlen:,} together"
-    )
-    engines = f"{config.data_parallel_size} x " if config.data_parallel_size > 1 else ""
-    say(
-        f"engine     {engines}{config.backend}, tensor parallel {plan.tensor_parallel_size}, "
-        f"{plan.window:,} tokens per sequence"
-    )
+    of_responses = f"of responses at most {config.maxlen:,} each, {responses * config.maxlen:,} together"
+    if isinstance(policy, Endpoint):
+        say(f"tokens     {of_responses}")
+        say(f"engine     the endpoint's, {policy.concurrency} requests at the same time")
+    else:
+        tokens = sum(len(prompt.ids) for prompt in kept)
+        say(f"tokens     {tokens:,} of prompts, {plan.prompts.longest:,} of the longest; {of_responses}")
+        engines = f"{config.data_parallel_size} x " if config.data_parallel_size > 1 else ""
+        say(
+            f"engine     {engines}{config.backend}, tensor parallel {policy.tensor_parallel_size}, "
+            f"{policy.window:,} tokens per sequence"
+        )
     folder = plan.output.folder
     state = storage.existing_state(folder, plan.identity, overwrite=config.run.overwrite)
     if state == "partial":
@@ -311,28 +378,34 @@ def check_pending(config: Config, pending: dict[str, int]) -> Path:
 # Work
 
 
-def start_sampler(plan: Plan, config: Config, logs: Path) -> Sampler | VllmEngines:
+Sampler = VllmSampler | VllmEngines | TransformersSampler | EndpointSampler
+
+
+def start_sampler(plan: Plan, config: Config, logs: Path) -> Sampler:
     """The engine that the flags ask for. logs: where several engines say what they have to say."""
     from rlhf_pipeline.core import models
 
-    folder = models.fetch_weights(plan.model, flag="--model")
-    settings = settings_of(config, plan.chat)
+    policy = plan.policy
+    settings = settings_of(config, policy)
+    if isinstance(policy, Endpoint):
+        return EndpointSampler(policy, settings, system_prompt=config.system_prompt)
+    folder = models.fetch_weights(policy.model, flag="--model")
     if config.backend == "transformers":
         return TransformersSampler(
-            load_model(folder, plan.dtype),
-            plan.chat.tokenizer,
+            load_model(folder, policy.dtype),
+            policy.chat.tokenizer,
             settings,
-            max_model_len=plan.window,
+            max_model_len=policy.window,
             max_num_seqs=config.engine.max_num_seqs,
         )
     arguments: dict[str, Any] = {
         "model": folder,
-        "tokenizer": plan.chat.tokenizer,
+        "tokenizer": policy.chat.tokenizer,
         "settings": settings,
         "options": config.engine,
-        "dtype": plan.dtype,
-        "max_model_len": plan.window,
-        "tensor_parallel_size": plan.tensor_parallel_size,
+        "dtype": policy.dtype,
+        "max_model_len": policy.window,
+        "tensor_parallel_size": policy.tensor_parallel_size,
         "batch_invariant": config.batch_invariant,
     }
     if config.data_parallel_size == 1:
@@ -366,8 +439,12 @@ def sample_all(plan: Plan, config: Config, responses: Responses) -> None:
                 tokens += len(sample.token_ids)
                 advance(1)
         seconds = time.monotonic() - started
-        say(f"sampled {tokens:,} tokens in {duration(seconds)}: {tokens / seconds:,.0f} tokens/s")
-        if not isinstance(sampler, TransformersSampler) and sampler.fewest_waiting is not None:
+        if isinstance(sampler, EndpointSampler):
+            count = responses.total - done
+            say(f"sampled {count:,} responses in {duration(seconds)}: {count / seconds:,.1f} responses/s")
+        else:
+            say(f"sampled {tokens:,} tokens in {duration(seconds)}: {tokens / seconds:,.0f} tokens/s")
+        if isinstance(sampler, VllmSampler | VllmEngines) and sampler.fewest_waiting is not None:
             each = " in each engine" if isinstance(sampler, VllmEngines) else ""
             say(
                 f"at least {sampler.fewest_waiting} requests waited at any time{each} "
@@ -382,9 +459,11 @@ def report(
     summary = summarize(files[SPLIT], config.num_responses)
     say(
         f"{summary.prompts:,} prompts x {config.num_responses} responses: mean length {summary.mean_length:.1f}, "
-        f"longest {summary.longest:,} tokens; {summary.truncated:.1%} truncated, {summary.empty:.1%} empty, "
+        f"longest {summary.longest:,} {summary.unit}; {summary.truncated:.1%} truncated, {summary.empty:.1%} empty, "
         f"{summary.repeated:.1%} repeat another response to their prompt"
     )
+    if summary.refused:
+        say(f"{summary.refused:.1%} were refused by the endpoint: see response_0_error and so on")
     if plan.prompts.skipped:
         lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in plan.prompts.skipped)
         write_atomic(output.folder / SKIPPED, "".join(lines))
@@ -393,12 +472,18 @@ def report(
 
 
 def describe(plan: Plan, config: Config, summary: Summary, engines: list[dict[str, Any]]) -> dict[str, Any]:
+    if isinstance(plan.policy, Endpoint):
+        name, fingerprint = f"{plan.policy.model} at {plan.policy.url}", ""
+        chat = {}
+    else:
+        name, fingerprint = plan.policy.model.text, plan.identity["inputs"]["model"]
+        chat = {"chat": plan.policy.chat.describe()}
     return provenance.describe(
         command="generate",
         config={name: value for name, _, value in fields_with_roles(config)},
         inputs={
             "prompts": provenance.describe_source(plan.source),
-            "model": {"ref": plan.model.text, "fingerprint": plan.identity["inputs"]["model"]},
+            "model": {"ref": name, "fingerprint": fingerprint},
         },
         rows_in=plan.rows,
         rows_out=len(plan.prompts.kept),
@@ -406,14 +491,14 @@ def describe(plan: Plan, config: Config, summary: Summary, engines: list[dict[st
         engine=engines[-1],
         earlier_engines=engines[:-1],
         sampling={
-            **asdict(settings_of(config, plan.chat)),
+            **asdict(settings_of(config, plan.policy)),
             "seed": config.seed,
             "seed_step": SEED_STEP,
-            "model": plan.model.text,
-            "model_fingerprint": plan.identity["inputs"]["model"],
+            "model": name,
+            "model_fingerprint": fingerprint,
         },
-        chat=plan.chat.describe(),
         responses=asdict(summary),
+        **chat,
     )
 
 
@@ -424,6 +509,7 @@ COLUMNS = {
     "response_{i}": "text of the response, without special tokens",
     "response_{i}_tokens": "its ids as sampled, with the stop id if one was emitted",
     "response_{i}_finish_reason": "stop, or length: cut at --maxlen or the window",
+    "response_{i}_error": "why the endpoint gave no response; the others are then null",
     "response_{i}_token_logps": "log-probabilities of its ids at temperature 1",
 }
 
@@ -435,7 +521,7 @@ def card(made: dict[str, Any], config: Config, shard: Path) -> str:
         written = file.schema_arrow.names
         sample = next(file.iter_batches(1)).to_pylist()[0]
     return provenance.card(
-        title=f"{config.num_responses} responses of {config.model} to each prompt",
+        title=f"{config.num_responses} responses of {made['sampling']['model']} to each prompt",
         provenance=made,
         splits=[SPLIT],
         columns={name: text for name, text in COLUMNS.items() if name.format(i=0) in written},
@@ -455,6 +541,9 @@ def main(config: Config) -> Path:
     plan = make_plan(config)
     print_plan(plan, config)
     folder = plan.output.folder
+    state = storage.existing_state(folder, plan.identity, overwrite=config.run.overwrite)
+    if isinstance(plan.policy, Endpoint) and state != "done":
+        endpoint.look_at(plan.policy.url, flag="--endpoint")
     preflight.check_writable(folder, flag="--output_repo")
     preflight.check_disk(folder, estimate_bytes(plan, config), flag="--output_repo")
     if config.run.check:
@@ -475,6 +564,7 @@ def main(config: Config) -> Path:
             seed=config.seed,
             rows_per_shard=config.rows_per_shard,
             token_logps=config.token_logps,
+            text_only=isinstance(plan.policy, Endpoint),
         )
         sample_all(plan, config, responses)
         where = storage.finish(

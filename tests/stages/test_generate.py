@@ -128,7 +128,7 @@ def test_provenance_says_what_made_the_responses(finished: Path, tiny_policy: Pa
     assert (made["engine"]["name"], made["engine"]["dtype"]) == ("transformers", "float32")
     assert made["chat"] == Chat.load(tiny_policy).describe()
     lengths = [len(ids) for i in range(N) for ids in read(finished).column(f"response_{i}_tokens").to_pylist()]
-    assert made["responses"]["tokens"] == sum(lengths) and made["responses"]["longest"] == max(lengths)
+    assert made["responses"]["total"] == sum(lengths) and made["responses"]["longest"] == max(lengths)
     assert not [path.name for path in finished.rglob("*") if "journal" in path.name or path.name == "identity.json"]
 
 

@@ -86,18 +86,7 @@ class Chat:
 
     def messages(self, prompt: Prompt) -> list[dict[str, Any]]:
         """The conversation that `prompt` is, system prompt first. Raises BadUse if no answer can follow."""
-        if isinstance(prompt, str):
-            turns: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
-        else:
-            turns = [_without_nulls(turn) for turn in prompt or ()]
-        if not turns or any("role" not in turn for turn in turns) or turns[-1]["role"] == "assistant":
-            raise BadUse(
-                "a prompt must be text, or a list of {role, content} that ends before an assistant turn, not "
-                f"{str(prompt)[:200]!r}."
-            )
-        if self.system_prompt is not None and turns[0]["role"] not in ("system", "developer"):
-            turns.insert(0, {"role": "system", "content": self.system_prompt})
-        return turns
+        return turns_of(prompt, self.system_prompt)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The ids after which the model answers: one BOS where the model has one, the turns, its header."""
@@ -309,6 +298,22 @@ def _answered(turns: Sequence[list[dict[str, Any]]], texts: Sequence[str]) -> li
 def _is_kept(text: str, rendered: str) -> bool:
     """Whether a template left `text` as it is, but for white space."""
     return text in rendered or "".join(text.split()) in "".join(rendered.split())
+
+
+def turns_of(prompt: Prompt, system_prompt: str | None) -> list[dict[str, Any]]:
+    """The conversation that `prompt` is, system prompt first. Raises BadUse if no answer can follow."""
+    if isinstance(prompt, str):
+        turns: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
+    else:
+        turns = [_without_nulls(turn) for turn in prompt or ()]
+    if not turns or any("role" not in turn for turn in turns) or turns[-1]["role"] == "assistant":
+        raise BadUse(
+            "a prompt must be text, or a list of {role, content} that ends before an assistant turn, not "
+            f"{str(prompt)[:200]!r}."
+        )
+    if system_prompt is not None and turns[0]["role"] not in ("system", "developer"):
+        turns.insert(0, {"role": "system", "content": system_prompt})
+    return turns
 
 
 def _without_nulls(turn: Any) -> dict[str, Any]:

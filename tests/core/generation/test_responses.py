@@ -156,6 +156,6 @@ def test_summary_of_hand_made_responses(tmp_path):
             reason: FinishReason = "length" if key in (1, 5) else "stop"
             responses.add(Sample(key, list(range(key + 1)), texts[key], reason))
         summary = summarize(shard_files(output.folder, "--x")["train"], 2)
-    assert (summary.prompts, summary.responses, summary.tokens) == (3, 6, 21)
+    assert (summary.prompts, summary.responses, summary.total) == (3, 6, 21)
     assert (summary.mean_length, summary.longest) == (3.5, 6)
     assert (summary.truncated, summary.empty, summary.repeated) == (2 / 6, 1 / 6, 1 / 6)

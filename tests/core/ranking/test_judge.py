@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_pipeline.core import endpoint
 from rlhf_pipeline.core.command import BadUse, WorkFailed
 from rlhf_pipeline.core.ranking import judge, scoring
 from rlhf_pipeline.core.ranking.network_scorers import ScoringOptions
@@ -66,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(judge, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.001)
     server = Server()
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
@@ -121,11 +122,11 @@ def test_answers_without_a_rating_and_refused_or_empty_rows_are_null_with_a_reas
 
 
 def test_a_busy_endpoint_is_asked_again_and_a_dead_one_ends_the_run(server: Server, template: str) -> None:
-    server.busy = judge.TRIES - 1
+    server.busy = endpoint.TRIES - 1
     assert load(server, template).score([row("good")])[0].reward == 1.5
-    assert len(server.requests) == judge.TRIES
-    server.busy = judge.TRIES
-    with pytest.raises(WorkFailed, match=rf"did not answer in {judge.TRIES} tries \(HTTP 503\)"):
+    assert len(server.requests) == endpoint.TRIES
+    server.busy = endpoint.TRIES
+    with pytest.raises(WorkFailed, match=rf"did not answer in {endpoint.TRIES} tries \(HTTP 503\)"):
         load(server, template).score([row("good")])
 
 

@@ -3,15 +3,17 @@ unusable."""
 
 from __future__ import annotations
 
+import json
 import random
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from rlhf_pipeline.core import schema
-from rlhf_pipeline.core.chat import Chat
+from rlhf_pipeline.core.chat import Chat, turns_of
 from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.storage import Source
 
@@ -27,7 +29,8 @@ TOO_LONG = "no room for a response in the window"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to answer. row: its place in the dataset. ids: what the model sees, in 4 bytes each."""
+    """A prompt to answer. row: its place in the dataset. ids: what the model sees, in 4 bytes each; none for an
+    endpoint."""
 
     row: int
     prompt_id: str
@@ -41,7 +44,7 @@ class Prompts:
     """`kept` and `skipped` together are the chosen rows, in their order.
 
     skipped: {row, prompt_id, reason, detail}. repeated: kept prompts that render to the ids of an earlier
-    one.
+    one; without ids, that equal it.
     """
 
     kept: list[Prompt]
@@ -53,7 +56,7 @@ class Prompts:
 
     @property
     def repeated(self) -> int:
-        return len(self.kept) - len({prompt.ids.tobytes() for prompt in self.kept})
+        return len(self.kept) - len({prompt.ids.tobytes() or json.dumps(prompt.prompt) for prompt in self.kept})
 
     @property
     def longest(self) -> int:
@@ -99,10 +102,11 @@ def read_as_prompt(source: Source, column: str) -> Source:
     return replace(source, columns=tuple(columns), renamed={**others, original: schema.PROMPT})
 
 
-def prepare(source: Source, chat: Chat, rows: Sequence[int], window: int) -> Prompts:
+def prepare(source: Source, chat: Chat | None, rows: Sequence[int], window: int | None) -> Prompts:
     """Read `rows`, and render them with the chat. window: tokens of prompt and response together, at most.
 
-    Raises BadUse if none can be used, or if the chat template writes other than one BOS.
+    Without a chat prompts stay text and messages, and are not measured. Raises BadUse if none can be used, or if the
+    chat template writes other than one BOS.
     """
     kept: list[Prompt] = []
     skipped: list[dict[str, Any]] = []
@@ -121,14 +125,16 @@ def prepare(source: Source, chat: Chat, rows: Sequence[int], window: int) -> Pro
                 continue
             kind = kind or type(row[schema.PROMPT])
             usable.append((number, row))
-        encoded = _encode(chat, [row[schema.PROMPT] for _, row in usable])
+        encode = _take_as_they_are if chat is None else partial(_encode, chat)
+        encoded = encode([row[schema.PROMPT] for _, row in usable])
         for (number, row), ids in zip(usable, encoded, strict=True):
             if isinstance(ids, BadUse):
                 set_aside(number, NO_CONVERSATION, str(ids))
-            elif len(ids) >= window:
+            elif window is not None and len(ids) >= window:
                 set_aside(number, TOO_LONG, f"{len(ids)} tokens, window {window}")
             else:
-                chat.check_one_bos(ids)
+                if chat is not None:
+                    chat.check_one_bos(ids)
                 kept.append(
                     Prompt(
                         number,
@@ -172,6 +178,18 @@ def _encode(chat: Chat, prompts: Sequence[Any]) -> list[list[int] | BadUse]:
         return list(chat.encode_prompts(prompts))
     except BadUse:  # one of them at least: find out which
         return [_encode_one(chat, prompt) for prompt in prompts]
+
+
+def _take_as_they_are(prompts: Sequence[Any]) -> list[list[int] | BadUse]:
+    """No ids for a prompt that an answer can follow, and what there is to say against any other."""
+    found: list[list[int] | BadUse] = []
+    for prompt in prompts:
+        try:
+            turns_of(prompt, None)
+            found.append([])
+        except BadUse as error:
+            found.append(error)
+    return found
 
 
 def _encode_one(chat: Chat, prompt: Any) -> list[int] | BadUse:

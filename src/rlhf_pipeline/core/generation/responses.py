@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rlhf_pipeline.core import schema
 from rlhf_pipeline.core.files import Journal
@@ -31,6 +31,10 @@ def response_token_logps(i: int) -> str:
     return f"response_{i}_token_logps"
 
 
+def response_error(i: int) -> str:
+    return f"response_{i}_error"
+
+
 @dataclass
 class _Shard:
     """The responses that are there of one shard, {key: sample}, and the journal that holds them."""
@@ -43,7 +47,8 @@ class Responses:
     """The responses of a run that writes to `output`.
 
     The key of response i to the prompt numbered p among `prompts` is p * num_responses + i. rows_per_shard
-    counts where the run has no shards yet; later it stays what it was. Of several jobs each makes its share.
+    counts where the run has no shards yet; later it stays what it was. Of several jobs each makes its share. An
+    endpoint's responses are text_only: without ids, and null with an error where it refused.
     """
 
     def __init__(
@@ -54,13 +59,15 @@ class Responses:
         num_responses: int,
         seed: int,
         rows_per_shard: int,
-        token_logps: bool,
+        token_logps: bool = False,
+        text_only: bool = False,
     ):
         self.output = output
         self.prompts = prompts
         self.num_responses = num_responses
         self.seed = seed
         self.token_logps = token_logps
+        self.text_only = text_only
         even = even_shards(len(prompts), rows_per_shard, output.share.count)
         self.rows_per_shard = output.settle("rows_per_shard", even)
         output.expect(SPLIT, self.num_shards)
@@ -94,7 +101,9 @@ class Responses:
             shard = self._open.get(index) or self._open_shard(index)
             for key in [key for key in self._keys(index) if key not in shard.samples]:
                 number, i = divmod(key, self.num_responses)
-                yield Request(key, tuple(self.prompts[number].ids), self.seed + i * SEED_STEP)
+                prompt = self.prompts[number]
+                text = prompt.prompt if self.text_only else None
+                yield Request(key, tuple(prompt.ids), self.seed + i * SEED_STEP, text)
 
     def add(self, sample: Sample) -> None:
         """Record a finished response, and write its shard if it was the last one."""
@@ -147,10 +156,14 @@ class Responses:
         for i in range(self.num_responses):
             column = [samples[number * self.num_responses + i] for number in rows]
             columns[schema.response(i)] = pa.array([sample.text for sample in column], pa.string())
-            ids = [sample.token_ids for sample in column]
-            columns[schema.response_tokens(i)] = pa.array(ids, pa.list_(pa.int32()))
+            if not self.text_only:
+                ids = [sample.token_ids for sample in column]
+                columns[schema.response_tokens(i)] = pa.array(ids, pa.list_(pa.int32()))
             reasons = [sample.finish_reason for sample in column]
             columns[schema.response_finish_reason(i)] = pa.array(reasons, pa.string())
+            if self.text_only:
+                errors = [sample.error for sample in column]
+                columns[response_error(i)] = pa.array(errors, pa.string())
             if self.token_logps:
                 logps = [sample.token_logps for sample in column]
                 columns[response_token_logps(i)] = pa.array(logps, pa.list_(pa.float32()))
@@ -170,21 +183,23 @@ def _column_types(prompts: Sequence[Prompt]) -> dict[str, pa.DataType]:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a person asks of the responses first. Lengths in tokens, the stop id included; shares of all
-    responses.
+    """What a person asks of the responses first. Shares are of all responses.
 
-    repeated: share of responses whose text another response to the same prompt has, counted without the
-    first.
+    total, mean_length, longest: in `unit`s, tokens with the stop id, or characters where there are no ids. repeated:
+    share of responses whose text another response to the same prompt has, counted without the first. refused: share
+    that an endpoint gave no response for.
     """
 
     prompts: int
     responses: int
-    tokens: int
+    unit: Literal["tokens", "characters"]
+    total: int
     mean_length: float
     longest: int
     truncated: float
     empty: float
     repeated: float
+    refused: float
 
 
 def summarize(files: Sequence[Path], num_responses: int) -> Summary:
@@ -192,28 +207,38 @@ def summarize(files: Sequence[Path], num_responses: int) -> Summary:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    rows = tokens = longest = truncated = empty = repeated = 0
+    with_ids = schema.response_tokens(0) in pq.read_schema(files[0]).names
+    rows = total = longest = truncated = empty = repeated = refused = 0
     for path in files:
         texts = []
         for i in range(num_responses):
-            names = [schema.response(i), schema.response_tokens(i), schema.response_finish_reason(i)]
-            text, ids, reason = pq.read_table(path, columns=names).columns
-            lengths = pc.list_value_length(ids)
-            tokens += pc.sum(lengths).as_py()
-            longest = max(longest, pc.max(lengths).as_py())
-            truncated += pc.sum(pc.equal(reason, "length")).as_py()
+            names = [schema.response(i), schema.response_finish_reason(i)]
+            table = pq.read_table(path, columns=names + [schema.response_tokens(i)] * with_ids)
+            text, reason = table.columns[:2]
+            lengths = pc.list_value_length(table.columns[2]) if with_ids else pc.utf8_length(text)
+            total += pc.sum(lengths).as_py() or 0
+            longest = max(longest, pc.max(lengths).as_py() or 0)
+            truncated += pc.sum(pc.equal(reason, "length")).as_py() or 0
+            refused += text.null_count
             texts.append(text.to_pylist())
-            empty += sum(not item.strip() for item in texts[-1])
+            empty += sum(item is not None and not item.strip() for item in texts[-1])
         rows += len(texts[0])
-        repeated += sum(num_responses - len(set(of_prompt)) for of_prompt in zip(*texts, strict=True))
+        repeated += sum(_repeated(of_prompt) for of_prompt in zip(*texts, strict=True))
     count = rows * num_responses
     return Summary(
         prompts=rows,
         responses=count,
-        tokens=tokens,
-        mean_length=tokens / count,
+        unit="tokens" if with_ids else "characters",
+        total=total,
+        mean_length=total / max(count - refused, 1),
         longest=longest,
         truncated=truncated / count,
         empty=empty / count,
         repeated=repeated / count,
+        refused=refused / count,
     )
+
+
+def _repeated(texts: Sequence[str | None]) -> int:
+    there = [text for text in texts if text is not None]
+    return len(there) - len(set(there))

@@ -42,11 +42,12 @@ LOOK_AHEAD = 4096
 
 @dataclass(frozen=True)
 class Request:
-    """One response wanted. `key` comes back in its sample."""
+    """One response wanted. `key` comes back in its sample. prompt: text or messages, where there are no ids."""
 
     key: int
     prompt_ids: tuple[int, ...]
     seed: int
+    prompt: Any = None
 
     @property
     def engine_seed(self) -> int:
@@ -55,7 +56,7 @@ class Request:
         generate gives response i of every prompt the same seed. An engine that got that alone would draw the same
         noise for all prompts: their first tokens would agree, and means over prompts would not settle.
         """
-        digest = hashlib.sha256(repr((self.seed, self.prompt_ids)).encode()).digest()
+        digest = hashlib.sha256(repr((self.seed, self.prompt_ids or self.prompt)).encode()).digest()
         return int.from_bytes(digest[:4], "big") >> 1
 
 
@@ -65,13 +66,15 @@ class Sample:
 
     token_ids: with the stop id if one was emitted. text: token_ids without it, special tokens left out.
     token_logps: natural-log probabilities of token_ids at temperature 1 and without top-p, if asked for.
+    error: why there is no response; then text and finish_reason are None. Only an endpoint has such.
     """
 
     key: int
     token_ids: list[int]
-    text: str
-    finish_reason: FinishReason
+    text: str | None
+    finish_reason: FinishReason | None
     token_logps: list[float] | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -377,6 +380,3 @@ def _batches(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:
     for _, group in groupby(ordered, key=lambda request: padded_width(len(request.prompt_ids))):
         while batch := list(islice(group, size)):
             yield batch
-
-
-Sampler = VllmSampler | TransformersSampler

@@ -5,20 +5,16 @@ brackets.
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
-import os
 import re
 import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_pipeline.core import endpoint
 from rlhf_pipeline.core.command import BadUse, WorkFailed
 from rlhf_pipeline.core.files import Journal
 from rlhf_pipeline.core.ranking.network_scorers import Row, Score, empty
@@ -35,12 +31,6 @@ in exactly this form: [[rating]], for example [[5]].
 {response}
 """
 RATING = re.compile(r"\[\[\s*(-?\d+(?:\.\d+)?)\s*\]\]")
-KEY_VARIABLE = "OPENAI_API_KEY"
-TRIES = 6
-FIRST_PAUSE = 1.0
-"""Seconds before the second try; each further pause is twice as long."""
-TIMEOUT = 600.0
-"""Seconds for one answer."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +92,8 @@ class Judge:
         key = hashlib.sha256(body).hexdigest()
         if key not in self._answers:
             try:
-                answer = ask(self._endpoint.url, body)
-            except Refused as error:
+                answer = endpoint.ask(self._endpoint.url, body, flag="--judge_model").text
+            except endpoint.Refused as error:
                 return Score(None, f"refused: {error}")
             with self._lock:
                 self._answers[key] = answer
@@ -122,36 +112,6 @@ class Judge:
             "max_tokens": self._endpoint.max_tokens,
         }
         return json.dumps(request, sort_keys=True).encode()
-
-
-class Refused(Exception):
-    """The endpoint won't answer this request, whatever we do: too long, or against its rules."""
-
-
-def ask(url: str, body: bytes) -> str:
-    """The answer's text. Raises Refused for a request it can't take, WorkFailed when it can't be asked at
-    all.
-    """
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get(KEY_VARIABLE):
-        headers["Authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", body, headers)
-    problem = ""
-    for attempt in range(TRIES):
-        if attempt:
-            time.sleep(FIRST_PAUSE * 2 ** (attempt - 1))
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-                return str(json.load(response)["choices"][0]["message"]["content"] or "")
-        except urllib.error.HTTPError as error:
-            problem = f"HTTP {error.code}"
-            if error.code in (401, 403, 404):
-                raise WorkFailed(f"{url} answers {problem}: check the URL, --judge_model and {KEY_VARIABLE}.") from None
-            if error.code not in (408, 409, 429) and error.code < 500:
-                raise Refused(f"{problem}, {error.read(200).decode(errors='replace')}") from None
-        except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError) as error:
-            problem = f"{type(error).__name__}: {error}"
-    raise WorkFailed(f"{url} did not answer in {TRIES} tries ({problem}); run the same command again to go on.")
 
 
 def parse_rating(answer: str) -> Score:
