@@ -10,6 +10,7 @@ with response_{i}_reward, and the reason in response_{i}_reward_error where ther
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -42,6 +43,8 @@ from rlhf_pipeline.core.ranking.vllm_scorer import MEMORY_SHARE
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from rlhf_pipeline.core.storage.remote import Remote
+
 SPLIT = "train"
 MAX_BLOCK, MIN_BLOCK, BLOCKS = 512, 16, 64
 """Rows of a block, which is one shard of the output and what a killed run loses at most: about a 64th of the
@@ -59,8 +62,9 @@ CARRIED = ("sampling", "chat")
 class Config:
     input_repo: What[str]
     """Responses to score: generate's output, a local folder or a Hub dataset."""
-    output_repo: What[str | None] = None
-    """Where to write the rewards. None: the input's name with _armo."""
+    output_repo: What[tuple[str, ...]] = ()
+    """Where to write the rewards. Not given: the input's name with _armo. As many as there are reward models: each
+    model's rewards go to their own output, and there is no ensemble."""
     reward_model: What[tuple[str, ...]] = ("RLHFlow/ArmoRM-Llama3-8B-v0.1",)
     """ArmoRM, any sequence classifier with one label (folder or Hub id), a function package.module:function
     or ./file.py:function, or an OpenAI-compatible endpoint http://HOST/v1. Several make an ensemble."""
@@ -134,8 +138,23 @@ def check_values(config: Config) -> None:
         raise BadUse("--judge_model and --judge_template go with an endpoint http://HOST/v1 as --reward_model.")
     if len(set(config.reward_model)) < len(config.reward_model) or not config.reward_model:
         raise BadUse(f"--reward_model {' '.join(config.reward_model)}: expected different models, at least one.")
+    if len(config.output_repo) not in (0, 1, len(config.reward_model)) or not all(config.output_repo):
+        raise BadUse(
+            f"--output_repo {' '.join(config.output_repo)}: expected one for the combined reward, or one for each of "
+            f"the {len(config.reward_model)} reward models."
+        )
     if config.backend == "vllm":
         preflight.check_importable("vllm", flag="--backend vllm", instead="leave --backend out")
+
+
+def separate(config: Config) -> list[Config]:
+    """A Config for each output: of all reward models together, or of one each."""
+    if len(config.output_repo) < 2:
+        return [config]
+    return [
+        dataclasses.replace(config, reward_model=(model,), output_repo=(output,))
+        for model, output in zip(config.reward_model, config.output_repo, strict=True)
+    ]
 
 
 def make_plan(config: Config) -> Plan:
@@ -273,9 +292,9 @@ def resolve(text: str, config: Config) -> scoring.RewardModel:
 
 
 def choose_output(config: Config, source: storage.Ref) -> storage.Ref:
-    if config.output_repo is None:
+    if not config.output_repo:
         return storage.default_output(source, "_armo")
-    return storage.parse_ref(config.output_repo, flag="--output_repo", output=True)
+    return storage.parse_ref(config.output_repo[0], flag="--output_repo", output=True)
 
 
 def print_plan(plan: Plan, config: Config) -> None:
@@ -404,33 +423,19 @@ def card(made: dict[str, Any], shard: Path, config: Config) -> str:
     )
 
 
-def main(config: Config) -> Path:
-    check_values(config)
-    preflight.check_launch()
-    share = storage.choose_share(config.shard_index, config.num_shards)
-    if config.push_only:
-        return storage.push_only(config.output_repo, public=config.public, overwrite=config.run.overwrite)
-    pending = config.run.pending_rows() if config.run.check else {}
-    if config.input_repo in pending or any(text in pending for text in config.reward_model):
-        return check_pending(config, pending)
-    plan = make_plan(config)
-    print_plan(plan, config)
-    folder = plan.output.folder
-    if config.run.check:
-        return folder
+def rank(plan: Plan, config: Config, remote: Remote | None) -> None:
+    """Score what is not scored yet of this job's share, and publish the set once it is whole."""
     started = time.monotonic()
+    share = storage.choose_share(config.shard_index, config.num_shards)
     worker, workers = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     overwrite = config.run.overwrite
-    remote = storage.prepare_delivery(
-        plan.output, plan.identity, public=config.public, overwrite=overwrite, flag="--output_repo"
-    )
     with storage.open_output(
-        folder, plan.identity, overwrite=overwrite, share=share, worker=worker, remote=remote
+        plan.output.folder, plan.identity, overwrite=overwrite, share=share, worker=worker, remote=remote
     ) as output:
         if output.done:
             if is_main():
                 say(f"done before: {storage.deliver(plan.output)}")  # again: that push may be what was killed
-            return folder
+            return
         output.expect(SPLIT, len(plan.blocks))
         rank_blocks(plan, config, output, worker, workers)
         where = storage.finish(
@@ -438,7 +443,36 @@ def main(config: Config) -> Path:
         )
     if where is not None:
         print(f"done in {duration(time.monotonic() - started)}: {where}", flush=True)
-    return folder
+
+
+def main(config: Config) -> list[Path]:
+    check_values(config)
+    preflight.check_launch()
+    storage.choose_share(config.shard_index, config.num_shards)
+    if config.push_only:
+        return [
+            storage.push_only(repo, public=config.public, overwrite=config.run.overwrite)
+            for repo in config.output_repo or (None,)
+        ]
+    configs = separate(config)
+    pending = config.run.pending_rows() if config.run.check else {}
+    if {config.input_repo, *config.reward_model} & set(pending):
+        return [check_pending(each, pending) for each in configs]
+    plans = [make_plan(each) for each in configs]
+    for plan, each in zip(plans, configs, strict=True):
+        print_plan(plan, each)
+    folders = [plan.output.folder for plan in plans]
+    if config.run.check:
+        return folders
+    remotes = [
+        storage.prepare_delivery(
+            plan.output, plan.identity, public=config.public, overwrite=config.run.overwrite, flag="--output_repo"
+        )
+        for plan in plans
+    ]
+    for plan, each, remote in zip(plans, configs, remotes, strict=True):
+        rank(plan, each, remote)
+    return folders
 
 
 if __name__ == "__main__":
