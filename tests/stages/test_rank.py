@@ -222,6 +222,94 @@ def test_check_takes_a_pending_input_and_a_pending_model_for_granted(
     assert "600 prompts, 3,000 responses" in capsys.readouterr().out
 
 
+# Pairs
+
+
+def write_pairs(folder: Path, rows: list[dict[str, Any]], split: str = "test") -> Path:
+    (folder / "data").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), folder / "data" / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def accuracy_of(folder: Path, function: str, **values: Any) -> dict[str, Any]:
+    config = rank.Config(input_repo=str(folder), reward_model=(function,), pairs_accuracy=True, **values)
+    [output] = rank.main(config)
+    report: dict[str, Any] = json.loads((output / "accuracy.json").read_text())
+    return report
+
+
+def test_the_accuracy_on_rewardbench_rows_is_reported_by_subset(
+    tmp_path: Path, function: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reward is the number of characters: right on hep-go (3 > 1, 2 > 1), wrong once and tied once on Chat."""
+    rows = [
+        {"prompt": f"p{k}", "chosen": chosen, "rejected": rejected, "subset": subset, "id": k}
+        for k, (chosen, rejected, subset) in enumerate(
+            [("aaa", "b", "hep-go"), ("aa", "b", "hep-go"), ("a", "bb", "mt-bench-easy"), ("a", "b", "mt-bench-med")]
+        )
+    ]
+    pairs = write_pairs(tmp_path / "bench", rows, "filtered")
+    report = accuracy_of(pairs, function, split="filtered")
+    assert report["accuracy"]["mean"] == 2.5 / 4 and report["ties"] == 1
+    assert report["subsets"]["hep-go"]["accuracy"]["mean"] == 1.0
+    assert report["rewardbench"]["score"]["accuracy"]["mean"] == pytest.approx((1.0 + 0.25) / 2)
+    table = read(tmp_path / "bench_accuracy")
+    assert table.column("chosen_reward").to_pylist() == [3.0, 2.0, 1.0, 1.0]
+    assert "RewardBench score" in (tmp_path / "bench_accuracy" / "README.md").read_text()
+    capsys.readouterr()
+    accuracy_of(pairs, function, split="filtered")
+    again = capsys.readouterr().out
+    assert "done before" in again and "accuracy: 62.5 %" in again
+
+
+def test_filters_pairs_are_judged_with_the_tokens_that_are_real_and_without_the_rewards_they_came_with(
+    tmp_path: Path,
+) -> None:
+    """Two pairs of one prompt, tokens padded to 4; the function sees the real ones and counts them."""
+    script = tmp_path / "tokens.py"
+    script.write_text("def score(rows):\n    return [float(len(row['response_tokens'])) for row in rows]\n")
+    row = {
+        "prompt_id": "p0",
+        "prompt": "List birds.",
+        "prompt_tokens": [0, 1],
+        "chosen": "A crow.",
+        "rejected": "No.",
+        "chosen_reward": -5.0,
+        "rejected_reward": 5.0,
+    }
+    rows = [
+        row
+        | {"chosen_tokens": [7, 7, 7, 0], "chosen_length": 3, "rejected_tokens": [7, 0, 0, 0], "rejected_length": 1},
+        row
+        | {"chosen_tokens": [7, 0, 0, 0], "chosen_length": 1, "rejected_tokens": [7, 7, 0, 0], "rejected_length": 2},
+    ]
+    report = accuracy_of(write_pairs(tmp_path / "pairs", rows), f"{script}:score", split="test")
+    assert report["accuracy"]["mean"] == 0.5
+    table = read(tmp_path / "pairs_accuracy")
+    assert table.column("chosen_reward").to_pylist() == [3.0, 1.0]
+    assert table.column("prompt_id").to_pylist() == ["p0", "p0"]
+    assert not [name for name in table.column_names if name.endswith("tokens")]
+
+
+def test_message_lists_are_pairs_and_what_is_no_pair_has_no_reward(tmp_path: Path, function: str) -> None:
+    def turns(question: str, answer: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    rows = [
+        {"chosen": turns("Birds?", "A crow."), "rejected": turns("Birds?", "No.")},
+        {"chosen": turns("Birds?", "A crow."), "rejected": turns("Fish?", "A cod.")},
+    ]
+    report = accuracy_of(write_pairs(tmp_path / "pairs", rows), function, split="test")
+    assert (report["pairs"], report["accuracy"]["mean"], report["nulls"]) == (1, 1.0, {"no pair": 2})
+    listed = json.loads((tmp_path / "pairs_accuracy" / "provenance.json").read_text())["unscored"]
+    assert {item["response"] for item in listed} == {"chosen", "rejected"}
+
+
+def test_responses_are_no_pairs(responses: Path, function: str) -> None:
+    with pytest.raises(BadUse, match=r"has no columns chosen, rejected .* name pairs with chosen and rejected"):
+        accuracy_of(responses, function)
+
+
 @pytest.mark.parametrize(
     "line",
     [
