@@ -1,7 +1,7 @@
 """Is it better? Several policies answer held-out prompts, several reward models judge, and the numbers are compared.
 
-Runs generate and rank as processes, once per policy and reward model, into ordinary repos in between; the first policy
-is the baseline. Writes results.json: rewards and win rates with intervals, KL to the baseline, lengths, repetition.
+Runs generate and rank as processes, once per policy each, into ordinary repos in between; the first policy is the
+baseline. Writes results.json: rewards and win rates with intervals, KL to the baseline, lengths, repetition.
 
     python -m rlhf_pipeline.evaluate --policies runs/tiny/sft runs/tiny/iteration_1/policy \\
         --reward_models proxy=runs/tiny/reward gold=rlhf_pipeline.tiny:gold \\
@@ -308,20 +308,21 @@ def generate_command(config: Config, plan: Plan, policy: str) -> list[str]:
     return [config.vllm_python, "-m", "rlhf_pipeline.generate", *flags, *shlex.split(config.generate_flags)]
 
 
-def rank_command(config: Config, plan: Plan, policy: str, reward_model: str) -> list[str]:
-    judge, home = plan.reward_models[reward_model], plan.folder / policy
-    given = {
-        "--input_repo": str(home / RESPONSES),
-        "--output_repo": str(home / reward_model),
-        "--reward_model": judge.text,
-        "--num_responses": str(config.num_responses),
+def rank_command(config: Config, plan: Plan, policy: str, judges: Sequence[str]) -> list[str]:
+    """One process for all the judges: each writes rewards of its own."""
+    home = plan.folder / policy
+    given: dict[str, list[Any]] = {
+        "--input_repo": [home / RESPONSES],
+        "--output_repo": [home / name for name in judges],
+        "--reward_model": [plan.reward_models[name].text for name in judges],
+        "--num_responses": [config.num_responses],
     }
-    if judge.kind == "judge":
+    if any(plan.reward_models[name].kind == "judge" for name in judges):
         asked = {"--judge_model": config.judge_model, "--judge_template": config.judge_template}
-        given |= {name: value for name, value in asked.items() if value is not None}
+        given |= {name: [value] for name, value in asked.items() if value is not None}
     launch = ["-m", "accelerate.commands.launch", "--num_processes", str(config.rank_processes)]
     launcher = launch if config.rank_processes > 1 else []
-    flags = [part for item in given.items() for part in item]
+    flags = [str(part) for name, values in given.items() for part in (name, *values)]
     return [config.train_python, *launcher, "-m", "rlhf_pipeline.rank", *flags, *shlex.split(config.rank_flags)]
 
 
@@ -333,19 +334,20 @@ def run_stages(config: Config, plan: Plan) -> None:
     for policy in plan.policies:
         home = plan.folder / policy
         if not is_whole(home / RESPONSES):
-            run_stage(generate_command(config, plan, policy), home / RESPONSES, f"generate for {policy}")
-        for judge in plan.reward_models:
-            if not is_whole(home / judge):
-                run_stage(rank_command(config, plan, policy, judge), home / judge, f"rank of {policy} by {judge}")
+            command = generate_command(config, plan, policy)
+            run_stage(command, plan.folder / LOGS / f"{policy}-responses.log", f"generate for {policy}")
+        judges = [name for name in plan.reward_models if not is_whole(home / name)]
+        if judges:
+            command = rank_command(config, plan, policy, judges)
+            run_stage(command, plan.folder / LOGS / f"{policy}-rewards.log", f"rank of {policy} by {', '.join(judges)}")
 
 
-def run_stage(words: Sequence[str], output: Path, name: str) -> None:
-    """Run the command that writes `output`; what it says is also kept in the evaluation's logs.
+def run_stage(words: Sequence[str], log: Path, name: str) -> None:
+    """Run a command; what it says is also kept in `log`.
 
     Raises BadUse or WorkFailed as the stage did, SystemExit if this process was asked to end.
     """
     say(f"\n$ {plan_table.pasted(words)}")
-    log = output.parents[1] / LOGS / f"{output.parent.name}-{output.name}.log"
     ended = children.run(words, log=log, environment={"RLHF_PIPELINE_PARENT": "1"}, on_beat=lambda seconds: None)
     if ended.asked is not None:
         say("ended as asked: run the same command again to go on from here")

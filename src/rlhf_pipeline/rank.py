@@ -1,18 +1,21 @@
 """Stage 2: responses -> one reward for each.
 
 Reads generate's output (or any dataset with prompt, response_0, response_1, ...) and writes the same rows
-with response_{i}_reward, and the reason in response_{i}_reward_error where there is none.
+with response_{i}_reward, and the reason in response_{i}_reward_error where there is none. With --pairs_accuracy it
+reads chosen and rejected responses instead, and says how often the reward model agrees.
 
     python -m rlhf_pipeline.rank --input_repo ./runs/a/responses
     python -m rlhf_pipeline.rank --input_repo ./runs/a/responses --reward_model ./my_reward.py:score
     accelerate launch --num_processes 8 -m rlhf_pipeline.rank --input_repo ./runs/a/responses
+    python -m rlhf_pipeline.rank --pairs_accuracy --input_repo allenai/reward-bench --split filtered
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,21 +35,33 @@ from rlhf_pipeline.core.command import (
     fields_with_roles,
     what_fields,
 )
+from rlhf_pipeline.core.comparisons import texts_of
+from rlhf_pipeline.core.files import read_json, write_json
 from rlhf_pipeline.core.progress import bar, duration, is_main, say
-from rlhf_pipeline.core.ranking import reward_report, scoring
-from rlhf_pipeline.core.ranking.network_scorers import Backend, Dtype, HeadDtype, ScoringOptions, resolve_dtype
-from rlhf_pipeline.core.ranking.reward_columns import COLUMNS, reward_columns, with_prompt_ids, with_rewards
+from rlhf_pipeline.core.ranking import pair_accuracy, reward_report, scoring
+from rlhf_pipeline.core.ranking.network_scorers import Backend, Dtype, HeadDtype, Score, ScoringOptions, resolve_dtype
+from rlhf_pipeline.core.ranking.reward_columns import (
+    describe_columns,
+    reward_columns,
+    with_prompt_ids,
+    with_rewards,
+)
 from rlhf_pipeline.core.ranking.scoring import Combine, Scorer
 from rlhf_pipeline.core.ranking.vllm_scorer import MEMORY_SHARE
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from rlhf_pipeline.core.storage.remote import Remote
+
 SPLIT = "train"
+ACCURACY = "accuracy.json"
+"""Of pairs: the report, beside the rows."""
 MAX_BLOCK, MIN_BLOCK, BLOCKS = 512, 16, 64
 """Rows of a block, which is one shard of the output and what a killed run loses at most: about a 64th of the
 rows.
 """
+NO_PAIR = Score(None, "no pair: expected prompt, chosen and rejected, or two conversations with one prompt")
 LISTED = 100
 """Responses without a reward that provenance lists; all of them are in the dataset."""
 BYTES_PER_RESPONSE, BYTES_PER_REWARD = 4000, 320
@@ -59,8 +74,9 @@ CARRIED = ("sampling", "chat")
 class Config:
     input_repo: What[str]
     """Responses to score: generate's output, a local folder or a Hub dataset."""
-    output_repo: What[str | None] = None
-    """Where to write the rewards. None: the input's name with _armo."""
+    output_repo: What[tuple[str, ...]] = ()
+    """Where to write the rewards. Not given: the input's name with _armo. As many as there are reward models: each
+    model's rewards go to their own output, and there is no ensemble."""
     reward_model: What[tuple[str, ...]] = ("RLHFlow/ArmoRM-Llama3-8B-v0.1",)
     """ArmoRM, any sequence classifier with one label (folder or Hub id), a function package.module:function
     or ./file.py:function, or an OpenAI-compatible endpoint http://HOST/v1. Several make an ensemble."""
@@ -74,6 +90,9 @@ class Config:
     """File with the judge's prompt, holding {prompt} and {response}; it must ask for a rating in the form
     [[7]].
     """
+    pairs_accuracy: What[bool] = False
+    """Ask what the reward model is worth: score the chosen and rejected responses of preference pairs (filter's, or
+    prompt, chosen and rejected as text or messages, subset where there is one), and write how often it agrees."""
     split: What[str] = "train"
     """The input's split."""
     objectives: What[bool] = True
@@ -134,19 +153,29 @@ def check_values(config: Config) -> None:
         raise BadUse("--judge_model and --judge_template go with an endpoint http://HOST/v1 as --reward_model.")
     if len(set(config.reward_model)) < len(config.reward_model) or not config.reward_model:
         raise BadUse(f"--reward_model {' '.join(config.reward_model)}: expected different models, at least one.")
+    if len(config.output_repo) not in (0, 1, len(config.reward_model)) or not all(config.output_repo):
+        raise BadUse(
+            f"--output_repo {' '.join(config.output_repo)}: expected one for the combined reward, or one for each of "
+            f"the {len(config.reward_model)} reward models."
+        )
     if config.backend == "vllm":
         preflight.check_importable("vllm", flag="--backend vllm", instead="leave --backend out")
+
+
+def separate(config: Config) -> list[Config]:
+    """A Config for each output: of all reward models together, or of one each."""
+    if len(config.output_repo) < 2:
+        return [config]
+    return [
+        dataclasses.replace(config, reward_model=(model,), output_repo=(output,))
+        for model, output in zip(config.reward_model, config.output_repo, strict=True)
+    ]
 
 
 def make_plan(config: Config) -> Plan:
     """Resolve and check inputs. Raises BadUse with one sentence for what can't be ranked."""
     source = storage.open_source(config.input_repo, flag="--input_repo", split=config.split)
-    schema.require(
-        source,
-        (schema.PROMPT, *map(schema.response, range(config.num_responses))),
-        written_by="generate",
-        remedy=f"lower --num_responses (now {config.num_responses})",
-    )
+    check_columns(source, config)
     output = choose_output(config, source.ref)
     preflight.check_writable(output.folder, flag="--output_repo")
     reward_models = tuple(resolve(text, config) for text in config.reward_model)
@@ -168,6 +197,21 @@ def make_plan(config: Config) -> Plan:
     return Plan(source, output, reward_models, options, tuple(cut(source.num_rows)), engine, identity)
 
 
+def check_columns(source: storage.Source, config: Config) -> None:
+    """Raise BadUse if the input lacks what is to be scored."""
+    names = scored_columns(config)
+    if config.pairs_accuracy:
+        schema.require(source, names, written_by="filter", remedy="name pairs with chosen and rejected")
+        return
+    remedy = f"lower --num_responses (now {config.num_responses})"
+    schema.require(source, (schema.PROMPT, *names), written_by="generate", remedy=remedy)
+
+
+def scored_columns(config: Config) -> tuple[str, ...]:
+    """The columns whose texts get a reward."""
+    return pair_accuracy.SIDES if config.pairs_accuracy else tuple(map(schema.response, range(config.num_responses)))
+
+
 def identify(
     config: Config,
     source: storage.Source,
@@ -179,7 +223,11 @@ def identify(
     for name in ("input_repo", "output_repo", "reward_model", "chat_template", "judge_model", "judge_template"):
         del what[name]
     if config.backend == "transformers":
-        del what["backend"]  # so that outputs written before there was a choice remain the same run
+        del what["backend"]  # here and below: outputs written before there was a choice remain the same run
+    if config.pairs_accuracy:
+        del what["num_responses"]
+    else:
+        del what["pairs_accuracy"]
     if any(model.model is not None for model in reward_models):
         what["dtype"] = str(resolve_dtype(options)).removeprefix("torch.")
     return {
@@ -216,7 +264,7 @@ def check_gpu_memory(reward_models: Sequence[scoring.RewardModel], options: Scor
 
 def estimate_bytes(source: storage.Source, config: Config) -> int:
     """Of the output, roughly."""
-    responses = source.num_rows * config.num_responses
+    responses = source.num_rows * len(scored_columns(config))
     if source.folder is None:
         return responses * BYTES_PER_RESPONSE
     return sum(path.stat().st_size for path in source.folder.glob("data/*.parquet")) + responses * BYTES_PER_REWARD
@@ -231,16 +279,29 @@ def cut(num_rows: int) -> Iterator[range]:
         yield range(start, min(start + size, num_rows))
 
 
-def make_rows(batch: Sequence[dict[str, Any]], i: int) -> Iterator[dict[str, Any]]:
-    """What a scorer sees of response i of each prompt."""
+def make_rows(batch: Sequence[dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
+    """What a scorer sees of the texts in column `name`, such as response_0."""
     for row in batch:
         yield {
             "prompt_id": row[schema.PROMPT_ID],
             "prompt": row[schema.PROMPT],
-            "response": row[schema.response(i)],
-            "response_tokens": row.get(schema.response_tokens(i)),
-            "finish_reason": row.get(schema.response_finish_reason(i)),
+            "response": row[name],
+            "response_tokens": row.get(f"{name}_tokens"),
+            "finish_reason": row.get(f"{name}_finish_reason"),
         }
+
+
+def as_pair(row: dict[str, Any]) -> dict[str, Any]:
+    """`row` with prompt, chosen and rejected as texts, None where it is no pair, and a prompt_id that all pairs of a
+    prompt share.
+    """
+    prompt, chosen, rejected = texts_of(row) or (None, None, None)
+    prompt_id = str(row.get(schema.PROMPT_ID) or schema.make_prompt_ids([prompt])[0])
+    pair = {schema.PROMPT_ID: prompt_id, schema.PROMPT: prompt, "chosen": chosen, "rejected": rejected}
+    for side in pair_accuracy.SIDES:
+        tokens, length = row.get(f"{side}_tokens"), row.get(f"{side}_length")
+        pair[f"{side}_tokens"] = tokens[:length] if tokens and length else None  # filter's are padded
+    return pair
 
 
 def check_pending(config: Config, pending: dict[str, int]) -> Path:
@@ -251,7 +312,7 @@ def check_pending(config: Config, pending: dict[str, int]) -> Path:
     source = storage.parse_ref(config.input_repo, flag="--input_repo")
     output = choose_output(config, source)
     preflight.check_writable(output.folder, flag="--output_repo")
-    say(f"input      {source}: {rows:,} prompts, {rows * config.num_responses:,} responses to score")
+    say(f"input      {source}: {describe_size(rows, config)}")
     for text in config.reward_model:
         if text in pending:
             say(f"reward     {text}: to be written by an earlier stage")
@@ -273,23 +334,27 @@ def resolve(text: str, config: Config) -> scoring.RewardModel:
 
 
 def choose_output(config: Config, source: storage.Ref) -> storage.Ref:
-    if config.output_repo is None:
-        return storage.default_output(source, "_armo")
-    return storage.parse_ref(config.output_repo, flag="--output_repo", output=True)
+    if not config.output_repo:
+        return storage.default_output(source, "_accuracy" if config.pairs_accuracy else "_armo")
+    return storage.parse_ref(config.output_repo[0], flag="--output_repo", output=True)
+
+
+def describe_size(rows: int, config: Config) -> str:
+    noun = "pairs" if config.pairs_accuracy else "prompts"
+    return f"{rows:,} {noun}, {rows * len(scored_columns(config)):,} responses to score"
 
 
 def print_plan(plan: Plan, config: Config) -> None:
     source = plan.source
-    responses = source.num_rows * config.num_responses
-    say(f"input      {source.ref}: {source.num_rows:,} prompts, {responses:,} responses to score")
+    say(f"input      {source.ref}: {describe_size(source.num_rows, config)}")
     for model in plan.reward_models:
         say(f"reward     {model.text}: {model.kind}, {model.fingerprint[:16]}")
     if len(plan.reward_models) > 1:
         say(f"ensemble   {config.combine} of {len(plan.reward_models)}")
     more = schema.count_responses(source.columns) - config.num_responses
-    if more:
+    if more > 0 and not config.pairs_accuracy:
         say(f"left out   {more} further responses per prompt: raise --num_responses to score them")
-    old = [name for i in range(config.num_responses) for name in reward_columns(i) if name in source.columns]
+    old = [name for text in scored_columns(config) for name in reward_columns(text) if name in source.columns]
     if old:
         say(f"replaced   {', '.join(old)}, which the input has already")
     folder = plan.output.folder
@@ -311,29 +376,43 @@ def score_block(scorer: Scorer, source: storage.Source, block: range, ids: Seque
     import pyarrow as pa
 
     table = pa.concat_tables(source.tables(start=block.start, stop=block.stop))
-    table = with_prompt_ids(table, ids[block.start : block.stop])
-    batch = table.to_pylist()
-    rows = [row for i in range(config.num_responses) for row in make_rows(batch, i)]
+    if config.pairs_accuracy:
+        batch = [as_pair(row) for row in table.to_pylist()]
+        table = table.drop_columns([name for name in table.column_names if name.endswith("_tokens")])
+        table = with_prompt_ids(table, [row[schema.PROMPT_ID] for row in batch])
+    else:
+        table = with_prompt_ids(table, ids[block.start : block.stop])
+        batch = table.to_pylist()
+    names = scored_columns(config)
+    rows = [row for name in names for row in make_rows(batch, name)]
     flat = scorer.score(rows)
-    failed = next((j for j, score in enumerate(flat) if score.error is not None), None)
-    if failed is not None and config.on_error == "stop":
-        raise WorkFailed(
-            f"response {failed // len(batch)} of prompt {rows[failed]['prompt_id']} got no reward "
-            f"({flat[failed].error}), and --on_error is stop."
-        )
-    scores = [flat[i * len(batch) : (i + 1) * len(batch)] for i in range(config.num_responses)]
+    if config.pairs_accuracy:
+        flat = [NO_PAIR if row["prompt"] is None else score for row, score in zip(rows, flat, strict=True)]
+    scores = {name: flat[i * len(batch) : (i + 1) * len(batch)] for i, name in enumerate(names)}
+    if config.on_error == "stop":
+        check_none_failed(scores, batch)
     objectives = scorer.objectives if config.objectives else ()
     return with_rewards(table, scores, objectives, coefficients=scorer.has_coefficients)
 
 
-def check_some_rewards(table: pa.Table, num_responses: int) -> None:
+def check_none_failed(scores: Mapping[str, Sequence[Score]], batch: Sequence[dict[str, Any]]) -> None:
+    for name, column in scores.items():
+        for score, row in zip(column, batch, strict=True):
+            if score.error is not None:
+                raise WorkFailed(
+                    f"{name.replace('_', ' ')} of prompt {row[schema.PROMPT_ID]} got no reward ({score.error}), and "
+                    "--on_error is stop."
+                )
+
+
+def check_some_rewards(table: pa.Table, names: Sequence[str]) -> None:
     """Raise WorkFailed if no response of a run's first block has a reward: then it is not the rows that are
     bad.
     """
-    columns = [table.column(schema.response_reward(i)) for i in range(num_responses)]
+    columns = [table.column(f"{name}_reward") for name in names]
     if all(column.null_count == len(column) for column in columns):
-        reason = table.column(schema.response_reward_error(0))[0].as_py()
-        raise WorkFailed(f"none of the first {len(table) * num_responses} responses got a reward; the first: {reason}")
+        reason = table.column(f"{names[0]}_reward_error")[0].as_py()
+        raise WorkFailed(f"none of the first {len(table) * len(names)} responses got a reward; the first: {reason}")
 
 
 def rank_blocks(plan: Plan, config: Config, output: storage.Output, worker: int, workers: int) -> None:
@@ -342,9 +421,10 @@ def rank_blocks(plan: Plan, config: Config, output: storage.Output, worker: int,
     waiting = [(index, block) for index, block in mine if not output.has_shard(SPLIT, index)]
     if not waiting:
         return
-    ids = plan.source.prompt_ids()
-    total = sum(len(block) for _, block in mine) * config.num_responses
-    left = sum(len(block) for _, block in waiting) * config.num_responses
+    ids = [] if config.pairs_accuracy else plan.source.prompt_ids()
+    names = scored_columns(config)
+    total = sum(len(block) for _, block in mine) * len(names)
+    left = sum(len(block) for _, block in waiting) * len(names)
     journals = output.folder / "journal" / f"{output.share}.{worker}"
     with (
         closing(scoring.load_scorers(plan.reward_models, plan.options, config.combine, journals=journals)) as scorer,
@@ -353,23 +433,28 @@ def rank_blocks(plan: Plan, config: Config, output: storage.Output, worker: int,
         for index, block in waiting:
             table = score_block(scorer, plan.source, block, ids, config)
             if index == waiting[0][0]:
-                check_some_rewards(table, config.num_responses)
+                check_some_rewards(table, names)
             output.write_shard(SPLIT, index, table)
-            advance(len(block) * config.num_responses)
+            advance(len(block) * len(names))
 
 
-def report(plan: Plan, config: Config, files: Sequence[Path]) -> tuple[dict[str, Any], str]:
-    """Report on the finished set; returns provenance and card."""
-    rewards = reward_report.read(files, config.num_responses)
-    made_of = reward_report.make(rewards, members=len(plan.reward_models) > 1)
-    print("\n".join(reward_report.lines(made_of)), flush=True)
-    made = describe(plan, config, made_of, rewards.errors[:LISTED])
-    return made, card(made, files[0], config)
+def report(plan: Plan, config: Config, folder: Path, files: Sequence[Path]) -> tuple[dict[str, Any], str]:
+    """Report on the finished set, whose files lie under `folder`; returns provenance and card."""
+    if config.pairs_accuracy:
+        pairs = pair_accuracy.read(files)
+        made_of, unscored = pair_accuracy.make(pairs), pairs.unscored()
+        write_json(folder / ACCURACY, made_of)
+        lines = pair_accuracy.lines(made_of)
+    else:
+        rewards = reward_report.read(files, config.num_responses)
+        made_of, unscored = reward_report.make(rewards, members=len(plan.reward_models) > 1), rewards.unscored()
+        lines = reward_report.lines(made_of)
+    print("\n".join(lines), flush=True)
+    made = describe(plan, config, made_of, unscored[:LISTED])
+    return made, card(made, lines, files[0], config)
 
 
-def describe(
-    plan: Plan, config: Config, report: dict[str, Any], unscored: Sequence[tuple[str, int, str]]
-) -> dict[str, Any]:
+def describe(plan: Plan, config: Config, report: dict[str, Any], unscored: Sequence[dict[str, Any]]) -> dict[str, Any]:
     came_with = plan.source.provenance or {}
     return provenance.describe(
         command="rank",
@@ -385,60 +470,77 @@ def describe(
         rows_out=plan.source.num_rows,
         dropped={},
         engine=plan.engine,
-        reward_report=report,
-        unscored=[{"prompt_id": prompt_id, "response": i, "reason": reason} for prompt_id, i, reason in unscored],
-        **{name: came_with[name] for name in CARRIED if name in came_with},
+        **{"pair_accuracy" if config.pairs_accuracy else "reward_report": report},
+        unscored=list(unscored),
+        **{name: came_with[name] for name in CARRIED if name in came_with and not config.pairs_accuracy},
     )
 
 
-def card(made: dict[str, Any], shard: Path, config: Config) -> str:
+def card(made: dict[str, Any], lines: Sequence[str], shard: Path, config: Config) -> str:
     import pyarrow.parquet as pq
 
-    written = pq.read_schema(shard).names
+    what = "Accuracy on" if config.pairs_accuracy else "Rewards of"
     return provenance.card(
-        title=f"Rewards of {config.input_repo} by {', '.join(config.reward_model)}",
+        title=f"{what} {config.input_repo} by {', '.join(config.reward_model)}",
         provenance=made,
         splits=[SPLIT],
-        columns={name: text for name, text in COLUMNS.items() if name.format(i=0) in written},
-        facts=dict(line.split(": ", 1) for line in reward_report.lines(made["reward_report"])),
+        columns=describe_columns(scored_columns(config), pq.read_schema(shard).names),
+        facts=dict(line.split(": ", 1) for line in lines),
     )
 
 
-def main(config: Config) -> Path:
-    check_values(config)
-    preflight.check_launch()
-    share = storage.choose_share(config.shard_index, config.num_shards)
-    if config.push_only:
-        return storage.push_only(config.output_repo, public=config.public, overwrite=config.run.overwrite)
-    pending = config.run.pending_rows() if config.run.check else {}
-    if config.input_repo in pending or any(text in pending for text in config.reward_model):
-        return check_pending(config, pending)
-    plan = make_plan(config)
-    print_plan(plan, config)
-    folder = plan.output.folder
-    if config.run.check:
-        return folder
+def rank(plan: Plan, config: Config, remote: Remote | None) -> None:
+    """Score what is not scored yet of this job's share, and publish the set once it is whole."""
     started = time.monotonic()
+    share = storage.choose_share(config.shard_index, config.num_shards)
     worker, workers = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     overwrite = config.run.overwrite
-    remote = storage.prepare_delivery(
-        plan.output, plan.identity, public=config.public, overwrite=overwrite, flag="--output_repo"
-    )
     with storage.open_output(
-        folder, plan.identity, overwrite=overwrite, share=share, worker=worker, remote=remote
+        plan.output.folder, plan.identity, overwrite=overwrite, share=share, worker=worker, remote=remote
     ) as output:
         if output.done:
             if is_main():
                 say(f"done before: {storage.deliver(plan.output)}")  # again: that push may be what was killed
-            return folder
+                if (accuracy := read_json(plan.output.folder / ACCURACY)) is not None:
+                    say("\n".join(pair_accuracy.lines(accuracy)))
+            return
         output.expect(SPLIT, len(plan.blocks))
         rank_blocks(plan, config, output, worker, workers)
         where = storage.finish(
-            output, plan.output, lambda files: report(plan, config, files[SPLIT]), overwrite=overwrite
+            output, plan.output, lambda files: report(plan, config, output.folder, files[SPLIT]), overwrite=overwrite
         )
     if where is not None:
         print(f"done in {duration(time.monotonic() - started)}: {where}", flush=True)
-    return folder
+
+
+def main(config: Config) -> list[Path]:
+    check_values(config)
+    preflight.check_launch()
+    storage.choose_share(config.shard_index, config.num_shards)
+    if config.push_only:
+        return [
+            storage.push_only(repo, public=config.public, overwrite=config.run.overwrite)
+            for repo in config.output_repo or (None,)
+        ]
+    configs = separate(config)
+    pending = config.run.pending_rows() if config.run.check else {}
+    if {config.input_repo, *config.reward_model} & set(pending):
+        return [check_pending(each, pending) for each in configs]
+    plans = [make_plan(each) for each in configs]
+    for plan, each in zip(plans, configs, strict=True):
+        print_plan(plan, each)
+    folders = [plan.output.folder for plan in plans]
+    if config.run.check:
+        return folders
+    remotes = [
+        storage.prepare_delivery(
+            plan.output, plan.identity, public=config.public, overwrite=config.run.overwrite, flag="--output_repo"
+        )
+        for plan in plans
+    ]
+    for plan, each, remote in zip(plans, configs, remotes, strict=True):
+        rank(plan, each, remote)
+    return folders
 
 
 if __name__ == "__main__":

@@ -263,3 +263,28 @@ def test_preferences_without_their_lengths_are_an_error() -> None:
         length_controlled_win_rate([1, 0, 1], [3, 4])
     with pytest.raises(ValueError, match="nan"):
         length_controlled_win_rate([1, math.nan], [3, 4])
+
+
+def test_a_share_has_wilsons_interval() -> None:
+    """8 of 10: (p + z2/20 -+ z sqrt(p q / 10 + z2/400)) / (1 + z2/10) with z2 = 3.8415 is 0.4902 to 0.9433, the
+    textbook's numbers. 10 of 10 leaves room for errors: the lower bound is 1 / (1 + z2/10) = 0.7225."""
+    found = stats.share_interval([1] * 8 + [0] * 2, range(10))
+    assert (found.mean, found.low, found.high) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)
+    sure = stats.share_interval([1] * 10, range(10))
+    assert (sure.mean, sure.low, sure.high) == pytest.approx((1.0, 0.7225, 1.0), abs=1e-4)
+
+
+def test_outcomes_of_one_group_that_agree_count_as_one() -> None:
+    """Ten prompts with four equal outcomes each are ten outcomes, but for the factor 10 / 9 of a sample's variance."""
+    outcomes, groups = [1] * 32 + [0] * 8, [k // 4 for k in range(40)]
+    found, ten = stats.share_interval(outcomes, groups), stats.share_interval([1] * 8 + [0] * 2, range(10))
+    assert found.mean == 0.8
+    assert (found.low, found.high) == pytest.approx((ten.low, ten.high), abs=0.02)
+    assert stats.share_interval(outcomes, range(40)).low > found.low + 0.1
+
+
+def test_weights_move_a_share() -> None:
+    """Right with weight 3, wrong with weight 1: 3/4."""
+    assert stats.share_interval([1, 0], [0, 1], [3, 1]).mean == 0.75
+    with pytest.raises(ValueError, match="no outcomes"):
+        stats.share_interval([], [])

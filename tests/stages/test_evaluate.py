@@ -204,7 +204,14 @@ def test_a_run_folder_stands_for_its_last_policy(tmp_path: Path) -> None:
 
 # Against real policies, without processes: the responses and rewards are there, as after a kill
 
-JUDGE = "def score(rows):\n    return [float(len(row['response'])) for row in rows]\n"
+JUDGE = """
+def score(rows):
+    return [float(len(row["response"])) for row in rows]
+
+
+def short(rows):
+    return [-reward for reward in score(rows)]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -231,11 +238,10 @@ def setting(tmp_path: Path, policies: dict[str, Path], tiny_prompts: Path, monke
     def config(*names: str, **values: Any) -> evaluate.Config:
         return config_for(
             policies=tuple(f"{name}={policies[name]}" for name in names),
-            reward_models=("size=./judge.py:score",),
+            **({"reward_models": ("size=./judge.py:score",)} | values),
             prompts=str(tiny_prompts),
             output="./out",
             num_responses=2,
-            **values,
         )
 
     return config
@@ -388,6 +394,7 @@ def test_the_stages_understand_the_commands_that_are_run(setting: Any) -> None:
         tensor_parallel_size=1,
         generate_flags="--engine.max_model_len 96",
         rank_flags="--batch_tokens 512",
+        reward_models=("size=./judge.py:score", "short=./judge.py:short"),
     )
     plan = evaluate.make_plan(config)
     command = evaluate.generate_command(config, plan, "later")
@@ -395,11 +402,11 @@ def test_the_stages_understand_the_commands_that_are_run(setting: Any) -> None:
     assert (made.num_prompts, made.num_responses, made.seed, made.maxlen) == (10, 2, 3, 64)
     assert (made.temperature, made.top_p, made.system_prompt) == (0.7, 1.0, "Be brief.")
     assert made.output_repo == "out/later/responses" and made.engine.max_model_len == 96
-    command = evaluate.rank_command(dataclasses.replace(config, rank_processes=2), plan, "later", "size")
+    command = evaluate.rank_command(dataclasses.replace(config, rank_processes=2), plan, "later", ["size", "short"])
     assert command[1:5] == ["-m", "accelerate.commands.launch", "--num_processes", "2"]
     ranked = parse(rank.Config, command[command.index("rlhf_pipeline.rank") + 1 :])
-    assert ranked.reward_model == ("./judge.py:score",) and ranked.num_responses == 2
-    assert (ranked.input_repo, ranked.output_repo) == ("out/later/responses", "out/later/size")
+    assert ranked.reward_model == ("./judge.py:score", "./judge.py:short") and ranked.num_responses == 2
+    assert (ranked.input_repo, ranked.output_repo) == ("out/later/responses", ("out/later/size", "out/later/short"))
     assert ranked.batch_tokens == 512 and ranked.judge_model is None
 
 
@@ -408,10 +415,10 @@ def test_an_endpoint_judges_with_the_model_that_was_named(setting: Any) -> None:
     with pytest.raises(BadUse, match="name the model that is to judge with --judge_model"):
         evaluate.make_plan(config)
     config = dataclasses.replace(config, judge_model="big")
-    command = evaluate.rank_command(config, evaluate.make_plan(config), "start", "gpt")
+    command = evaluate.rank_command(config, evaluate.make_plan(config), "start", ["gpt"])
     ranked = parse(rank.Config, command[command.index("rlhf_pipeline.rank") + 1 :])
     assert ranked.reward_model == ("http://localhost:1/v1",) and ranked.judge_model == "big"
-    assert ranked.output_repo == "out/start/gpt"
+    assert ranked.output_repo == ("out/start/gpt",)
 
 
 # The whole
@@ -422,7 +429,7 @@ def test_two_policies_and_two_judges_end_to_end(
     run_command: Any, policies: dict[str, Path], tiny_prompts: Path, tmp_path: Path
 ) -> None:
     """Real generate and rank processes. The results agree with the repos in between; a refused stage is told."""
-    (tmp_path / "judge.py").write_text(JUDGE + "def short(rows):\n    return [-r for r in score(rows)]\n")
+    (tmp_path / "judge.py").write_text(JUDGE)
     arguments = [
         *("--policies", f"start={policies['start']}", f"later={policies['later']}"),
         *("--reward_models", "./judge.py:score", "./judge.py:short"),
@@ -431,7 +438,7 @@ def test_two_policies_and_two_judges_end_to_end(
     ]
     done = run_command("evaluate", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n$ ") == 6 and "log-probs of later's responses" in done.stdout
+    assert done.stdout.count("\n$ ") == 4 and "log-probs of later's responses" in done.stdout
     results = read_json(tmp_path / "out" / "results.json")
     start, later = results["policies"]
     for item in (start, later):

@@ -68,7 +68,7 @@ def read(folder: Path) -> pa.Table:
 
 def test_rows_come_back_in_order_with_a_reward_for_every_response(responses: Path, function: str) -> None:
     """The default name is the tutorial's: the input's with _armo."""
-    folder = rank.main(config_for(responses, function))
+    [folder] = rank.main(config_for(responses, function))
     assert folder == responses.with_name("responses_armo")
     before, after = read(responses), read(folder)
     assert after.select(before.column_names) == before
@@ -86,7 +86,7 @@ def test_provenance_names_model_input_report_and_the_temperature_that_train_need
     responses: Path, function: str
 ) -> None:
     """Characters are 5 a word and tokens 1, so reward and length correlate perfectly."""
-    folder = rank.main(config_for(responses, function))
+    [folder] = rank.main(config_for(responses, function))
     made = json.loads((folder / "provenance.json").read_text())
     assert made["inputs"]["responses"]["rows"] == made["rows_out"] == NUM_ROWS
     assert made["engine"]["kind"] == "Python function"
@@ -99,7 +99,7 @@ def test_provenance_names_model_input_report_and_the_temperature_that_train_need
 def test_a_response_without_a_reward_is_null_with_its_reason_and_listed(responses: Path, tmp_path: Path) -> None:
     path = tmp_path / "picky.py"
     path.write_text("def score(rows):\n    return [1 / (len(row['response_tokens']) - 3) for row in rows]\n")
-    folder = rank.main(config_for(responses, f"{path}:score"))
+    [folder] = rank.main(config_for(responses, f"{path}:score"))
     table = read(folder)
     expected = [
         (f"p{r}", i)
@@ -115,7 +115,7 @@ def test_a_response_without_a_reward_is_null_with_its_reason_and_listed(response
         assert table.column(f"response_{i}_reward")[r].as_py() is None
         assert table.column(f"response_{i}_reward_error")[r].as_py().startswith("ZeroDivisionError: ")
     with pytest.raises(WorkFailed, match=r"response 0 of prompt p5 got no reward \(Zero.*--on_error is stop"):
-        rank.main(config_for(responses, f"{path}:score", output_repo=str(tmp_path / "other"), on_error="stop"))
+        rank.main(config_for(responses, f"{path}:score", output_repo=(str(tmp_path / "other"),), on_error="stop"))
 
 
 def test_a_reward_that_fails_everywhere_ends_the_run_at_its_first_block(responses: Path, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_reward_that_fails_everywhere_ends_the_run_at_its_first_block(response
 
 def test_missing_prompt_ids_are_made_and_rewards_of_another_model_replaced(tmp_path: Path, function: str) -> None:
     table = responses_table(response_0_reward=[-1.0] * NUM_ROWS).drop_columns(["prompt_id"])
-    folder = rank.main(config_for(write_responses(tmp_path / "made_elsewhere", table), function))
+    [folder] = rank.main(config_for(write_responses(tmp_path / "made_elsewhere", table), function))
     ranked = read(folder)
     assert ranked.column("prompt_id").to_pylist() == make_prompt_ids(table.column("prompt").to_pylist())
     assert min(ranked.column("response_0_reward").to_pylist()) > 0
@@ -137,7 +137,7 @@ def test_missing_prompt_ids_are_made_and_rewards_of_another_model_replaced(tmp_p
 def test_the_same_run_again_does_nothing_and_another_is_refused_naming_the_flag(
     responses: Path, function: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = rank.main(config_for(responses, function))
+    [folder] = rank.main(config_for(responses, function))
     before = (folder / "provenance.json").stat().st_mtime_ns
     rank.main(config_for(responses, function))
     assert (folder / "provenance.json").stat().st_mtime_ns == before
@@ -152,13 +152,28 @@ def test_the_same_run_again_does_nothing_and_another_is_refused_naming_the_flag(
 
 def test_moved_input_and_model_are_the_same_run(responses: Path, function: str, tmp_path: Path) -> None:
     """Contents decide, not names: this is what lets a run folder be moved."""
-    output = str(tmp_path / "rewards")
+    output = (str(tmp_path / "rewards"),)
     rank.main(config_for(responses, function, output_repo=output))
     moved, script = tmp_path / "moved", tmp_path / "elsewhere" / "count.py"
     responses.rename(moved)
     script.parent.mkdir()
     Path(function.partition(":")[0]).rename(script)
     rank.main(config_for(moved, f"{script}:score", output_repo=output))
+
+
+def test_as_many_outputs_as_models_are_that_many_runs_in_one_process(responses: Path, tmp_path: Path) -> None:
+    """Each output is what the model alone would have written, so a finished one is left as it is."""
+    script = tmp_path / "two.py"
+    script.write_text(COUNT_CHARACTERS + "\ndef short(rows):\n    return [-reward for reward in score(rows)]\n")
+    models, outputs = (f"{script}:score", f"{script}:short"), (str(tmp_path / "long"), str(tmp_path / "short"))
+    both = dataclasses.replace(config_for(responses, models[0]), reward_model=models, output_repo=outputs)
+    rank.main(dataclasses.replace(both, reward_model=models[:1], output_repo=outputs[:1]))
+    before = (tmp_path / "long" / "provenance.json").stat().st_mtime_ns
+    assert rank.main(both) == [tmp_path / "long", tmp_path / "short"]
+    assert (tmp_path / "long" / "provenance.json").stat().st_mtime_ns == before
+    long, short = (read(tmp_path / name).column("response_0_reward").to_pylist() for name in ("long", "short"))
+    assert long == [-reward for reward in short] and min(long) > 0
+    assert "response_0_objectives" not in read(tmp_path / "short").column_names
 
 
 @pytest.mark.parametrize(
@@ -174,7 +189,8 @@ def test_moved_input_and_model_are_the_same_run(responses: Path, function: str, 
         ({"split": "test"}, "has no split test; it has train: choose with --split"),
         ({"num_responses": 0}, "--num_responses is 0; expected 1 or more"),
         ({"input_repo": "./no_such_responses"}, r"--input_repo \./no_such_responses does not exist"),
-        ({"output_repo": "rewards"}, r"--output_repo rewards .*write \./rewards"),
+        ({"output_repo": ("./a", "./b")}, r"--output_repo \./a \./b: expected one .* or one for each of the 1 reward"),
+        ({"output_repo": ("rewards",)}, r"--output_repo rewards .*write \./rewards"),
     ],
 )
 def test_what_cannot_be_ranked_is_refused_in_one_sentence(
@@ -204,6 +220,94 @@ def test_check_takes_a_pending_input_and_a_pending_model_for_granted(
     pending = ("./runs/a/responses=600", "./runs/a/reward=0")
     rank.main(dataclasses.replace(config, run=dataclasses.replace(config.run, check=True, pending=pending)))
     assert "600 prompts, 3,000 responses" in capsys.readouterr().out
+
+
+# Pairs
+
+
+def write_pairs(folder: Path, rows: list[dict[str, Any]], split: str = "test") -> Path:
+    (folder / "data").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), folder / "data" / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def accuracy_of(folder: Path, function: str, **values: Any) -> dict[str, Any]:
+    config = rank.Config(input_repo=str(folder), reward_model=(function,), pairs_accuracy=True, **values)
+    [output] = rank.main(config)
+    report: dict[str, Any] = json.loads((output / "accuracy.json").read_text())
+    return report
+
+
+def test_the_accuracy_on_rewardbench_rows_is_reported_by_subset(
+    tmp_path: Path, function: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reward is the number of characters: right on hep-go (3 > 1, 2 > 1), wrong once and tied once on Chat."""
+    rows = [
+        {"prompt": f"p{k}", "chosen": chosen, "rejected": rejected, "subset": subset, "id": k}
+        for k, (chosen, rejected, subset) in enumerate(
+            [("aaa", "b", "hep-go"), ("aa", "b", "hep-go"), ("a", "bb", "mt-bench-easy"), ("a", "b", "mt-bench-med")]
+        )
+    ]
+    pairs = write_pairs(tmp_path / "bench", rows, "filtered")
+    report = accuracy_of(pairs, function, split="filtered")
+    assert report["accuracy"]["mean"] == 2.5 / 4 and report["ties"] == 1
+    assert report["subsets"]["hep-go"]["accuracy"]["mean"] == 1.0
+    assert report["rewardbench"]["score"]["accuracy"]["mean"] == pytest.approx((1.0 + 0.25) / 2)
+    table = read(tmp_path / "bench_accuracy")
+    assert table.column("chosen_reward").to_pylist() == [3.0, 2.0, 1.0, 1.0]
+    assert "RewardBench score" in (tmp_path / "bench_accuracy" / "README.md").read_text()
+    capsys.readouterr()
+    accuracy_of(pairs, function, split="filtered")
+    again = capsys.readouterr().out
+    assert "done before" in again and "accuracy: 62.5 %" in again
+
+
+def test_filters_pairs_are_judged_with_the_tokens_that_are_real_and_without_the_rewards_they_came_with(
+    tmp_path: Path,
+) -> None:
+    """Two pairs of one prompt, tokens padded to 4; the function sees the real ones and counts them."""
+    script = tmp_path / "tokens.py"
+    script.write_text("def score(rows):\n    return [float(len(row['response_tokens'])) for row in rows]\n")
+    row = {
+        "prompt_id": "p0",
+        "prompt": "List birds.",
+        "prompt_tokens": [0, 1],
+        "chosen": "A crow.",
+        "rejected": "No.",
+        "chosen_reward": -5.0,
+        "rejected_reward": 5.0,
+    }
+    rows = [
+        row
+        | {"chosen_tokens": [7, 7, 7, 0], "chosen_length": 3, "rejected_tokens": [7, 0, 0, 0], "rejected_length": 1},
+        row
+        | {"chosen_tokens": [7, 0, 0, 0], "chosen_length": 1, "rejected_tokens": [7, 7, 0, 0], "rejected_length": 2},
+    ]
+    report = accuracy_of(write_pairs(tmp_path / "pairs", rows), f"{script}:score", split="test")
+    assert report["accuracy"]["mean"] == 0.5
+    table = read(tmp_path / "pairs_accuracy")
+    assert table.column("chosen_reward").to_pylist() == [3.0, 1.0]
+    assert table.column("prompt_id").to_pylist() == ["p0", "p0"]
+    assert not [name for name in table.column_names if name.endswith("tokens")]
+
+
+def test_message_lists_are_pairs_and_what_is_no_pair_has_no_reward(tmp_path: Path, function: str) -> None:
+    def turns(question: str, answer: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    rows = [
+        {"chosen": turns("Birds?", "A crow."), "rejected": turns("Birds?", "No.")},
+        {"chosen": turns("Birds?", "A crow."), "rejected": turns("Fish?", "A cod.")},
+    ]
+    report = accuracy_of(write_pairs(tmp_path / "pairs", rows), function, split="test")
+    assert (report["pairs"], report["accuracy"]["mean"], report["nulls"]) == (1, 1.0, {"no pair": 2})
+    listed = json.loads((tmp_path / "pairs_accuracy" / "provenance.json").read_text())["unscored"]
+    assert {item["response"] for item in listed} == {"chosen", "rejected"}
+
+
+def test_responses_are_no_pairs(responses: Path, function: str) -> None:
+    with pytest.raises(BadUse, match=r"has no columns chosen, rejected .* name pairs with chosen and rejected"):
+        accuracy_of(responses, function)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +348,7 @@ def score(rows):
 
 
 def test_a_killed_run_goes_on_where_it_stood(responses: Path, function: str, tmp_path: Path, run_command: Any) -> None:
-    expected = read(rank.main(config_for(responses, function, output_repo=str(tmp_path / "whole"))))
+    expected = read(rank.main(config_for(responses, function, output_repo=(str(tmp_path / "whole"),)))[0])
     script, output = tmp_path / "killed.py", tmp_path / "killed"
     script.write_text(KILLED_IN_ITS_SECOND_BLOCK)
     command = ["rank", "--input_repo", responses, "--output_repo", output]
@@ -266,7 +370,7 @@ def test_two_processes_write_what_one_writes(
     from conftest import run_process
 
     model = write_classifier(tmp_path / "classifier")
-    expected = read(rank.main(config_for(responses, str(model), output_repo=str(tmp_path / "one"))))
+    expected = read(rank.main(config_for(responses, str(model), output_repo=(str(tmp_path / "one"),)))[0])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     command = [*launcher, "-m", "rlhf_pipeline.rank", "--input_repo", responses, "--num_responses", N]
     command += ["--reward_model", model, "--output_repo", tmp_path / "two"]

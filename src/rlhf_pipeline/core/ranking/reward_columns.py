@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rlhf_pipeline.core import schema
@@ -11,50 +12,52 @@ from rlhf_pipeline.core.ranking.network_scorers import Score
 if TYPE_CHECKING:
     import pyarrow as pa
 
-COLUMNS = {
-    "response_{i}_reward": "the reward, float64; null where there is none",
-    "response_{i}_reward_error": "why there is none: kind, colon, details",
-    "response_{i}_objectives": "the named rewards behind the reward",
-    "response_{i}_coefficients": "how much each of them counts: reward = sum of objective x coefficient",
+MEANINGS = {
+    "reward": "the reward, float64; null where there is none",
+    "reward_error": "why there is none: kind, colon, details",
+    "objectives": "the named rewards behind the reward",
+    "coefficients": "how much each of them counts: reward = sum of objective x coefficient",
 }
 
 
 def with_rewards(
-    table: pa.Table, scores: Sequence[Sequence[Score]], objectives: Sequence[str], *, coefficients: bool
+    table: pa.Table, scores: Mapping[str, Sequence[Score]], objectives: Sequence[str], *, coefficients: bool
 ) -> pa.Table:
-    """`table` with the reward columns of its responses, scores[i][row]; older columns of the same names are
+    """`table` with the reward columns of its text columns, scores[name][row]; older columns of the same names are
     replaced.
     """
     import pyarrow as pa
 
     numbers = pa.struct([(name, pa.float64()) for name in objectives])
-    for i, column in enumerate(scores):
+    for name, column in scores.items():
+        reward, error, behind, counts = reward_columns(name)
         new = {
-            schema.response_reward(i): pa.array([score.reward for score in column], pa.float64()),
-            schema.response_reward_error(i): pa.array([score.error for score in column], pa.string()),
+            reward: pa.array([score.reward for score in column], pa.float64()),
+            error: pa.array([score.error for score in column], pa.string()),
         }
         if objectives:
-            new[schema.response_objectives(i)] = pa.array([score.objectives for score in column], numbers)
+            new[behind] = pa.array([score.objectives for score in column], numbers)
         if objectives and coefficients:
-            new[response_coefficients(i)] = pa.array([score.coefficients for score in column], numbers)
-        table = table.drop_columns([name for name in reward_columns(i) if name in table.column_names])
-        for name, values in new.items():
-            table = table.append_column(name, values)
+            new[counts] = pa.array([score.coefficients for score in column], numbers)
+        table = table.drop_columns([old for old in reward_columns(name) if old in table.column_names])
+        for new_name, values in new.items():
+            table = table.append_column(new_name, values)
     return table
 
 
-def response_coefficients(i: int) -> str:
-    return f"response_{i}_coefficients"
+def reward_columns(name: str) -> tuple[str, ...]:
+    """Every column that rank may write for the text column `name`, such as response_0."""
+    return tuple(f"{name}_{suffix}" for suffix in MEANINGS)
 
 
-def reward_columns(i: int) -> tuple[str, ...]:
-    """Every column that rank may write for response i."""
-    return (
-        schema.response_reward(i),
-        schema.response_reward_error(i),
-        schema.response_objectives(i),
-        response_coefficients(i),
-    )
+def describe_columns(names: Sequence[str], written: Collection[str]) -> dict[str, str]:
+    """{column: what it holds} of the reward columns that are among `written`; response_{i} stands for all responses."""
+    found = {}
+    for name in names:
+        for suffix, meaning in MEANINGS.items():
+            if f"{name}_{suffix}" in written:
+                found[f"{re.sub(r'[0-9]+$', '{i}', name)}_{suffix}"] = meaning
+    return found
 
 
 def with_prompt_ids(table: pa.Table, ids: Sequence[str]) -> pa.Table:

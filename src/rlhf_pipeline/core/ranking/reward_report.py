@@ -36,6 +36,9 @@ class Rewards:
     errors: Sequence[tuple[str, int, str]] = ()
     """(prompt_id, response, reason) of every response without a reward"""
 
+    def unscored(self) -> list[dict[str, Any]]:
+        return [{"prompt_id": prompt_id, "response": i, "reason": reason} for prompt_id, i, reason in self.errors]
+
 
 def read(files: Sequence[Path], num_responses: int) -> Rewards:
     """The rewards in rank's parquet files, a file at a time."""

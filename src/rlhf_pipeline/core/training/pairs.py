@@ -12,6 +12,7 @@ import numpy.typing as npt
 from rlhf_pipeline.core import schema
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import BadUse
+from rlhf_pipeline.core.comparisons import texts_of
 from rlhf_pipeline.core.storage import Source
 
 if TYPE_CHECKING:
@@ -219,11 +220,8 @@ def load_comparisons(source: Source, chat: Chat) -> PairData:
 
 def _as_texts(row: dict[str, Any], number: int, name: str) -> tuple[Any, str, str]:
     """(prompt, chosen, rejected) of a row whose chosen and rejected are texts, or whole conversations."""
-    chosen, rejected = row["chosen"], row["rejected"]
-    if isinstance(chosen, str) and isinstance(rejected, str) and row.get("prompt"):
-        return row["prompt"], chosen, rejected
-    if isinstance(chosen, list) and isinstance(rejected, list) and chosen[:-1] == rejected[:-1] and chosen[:-1]:
-        return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
+    if texts := texts_of(row):
+        return texts
     raise BadUse(
         f"row {number} of {name} is no pair: expected prompt, chosen and rejected as texts, or two conversations "
         "that differ in their last turn alone."
