@@ -178,6 +178,29 @@ def test_a_resumed_run_ends_with_the_same_bits(here, monkeypatch):
         assert torch.equal(value, weights(cut)[name]), name
 
 
+def test_a_loss_that_is_no_number_any_more_ends_the_run_and_names_the_last_good_state(here, tmp_path):
+    """At this learning rate the second update, the first one not at rate 0, throws the weights out of float32."""
+    with pytest.raises(
+        WorkFailed,
+        match=r"update 3 has loss .* and gradient norm nan; the last good state is .*checkpoints/update-2\. Lower",
+    ):
+        here(lr=1e30, warmup_ratio=0.4, save_every=1)
+
+
+def test_accumulation_that_a_launch_config_sets_must_fit_the_batch(here, tmp_path, monkeypatch):
+    """Of --batch_size 8 one process makes 8 engine calls of a pair: a config may say so, and nothing else."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(BadUse, match=r"of the accelerate config 4 x 1 pairs x 1 processes is 4, --batch_size is 8"):
+        here()
+    (tmp_path / "ds.json").write_text('{"gradient_accumulation_steps": 16}')
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "ds.json"))
+    with pytest.raises(BadUse, match=r"of .*/ds.json 16 x 1 pairs x 1 processes is 16, --batch_size is 8"):
+        here()
+    (tmp_path / "ds.json").write_text('{"gradient_accumulation_steps": "auto"}')
+    assert here("fits")[1]
+
+
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
