@@ -65,7 +65,9 @@ def start(command_environment):
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(
+        timeout=600
+    )  # minutes, where DeepSpeed compiles its CPU optimizer for the first time
     assert process.returncode == 0, output[-4000:]
     return output
 
@@ -176,8 +178,13 @@ OTHER_LAUNCHES = pytest.mark.parametrize(
             {"ACCELERATE_USE_CPU": "true"},
         ),
         ([sys.executable], {}),
+        pytest.param(
+            [*ACCELERATE, *ZERO_3, "--config_file", "accelerate_cfgs/deepspeed_config_stage_3_offload.yaml"],
+            {},
+            marks=pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeed compiles its CPU optimizer"),
+        ),
     ],
-    ids=["zero 2", "ddp", "one process"],
+    ids=["zero 2", "ddp", "one process", "cpu offload"],
 )
 
 
