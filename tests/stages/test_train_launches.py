@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -197,6 +198,21 @@ def test_launch_modes_agree(start, arguments, uninterrupted, launcher, env, tmp_
     for name in ("loss", "grad_norm", "test_loss"):
         found = [line[name] for line in ours if name in line]
         assert found == pytest.approx([line[name] for line in theirs if name in line], rel=1e-4), name
+
+
+def test_two_launches_on_two_nodes_are_one(start, arguments, uninterrupted, tmp_path):
+    """Each of two launchers starts one of two processes, as on two nodes: the losses are those of a single launcher."""
+    folder = tmp_path / "policy"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    nodes = [*ACCELERATE[:3], *ZERO_3, "--mixed_precision", "no", "--main_process_port", port]
+    nodes += ["--main_process_ip", "127.0.0.1", "--num_machines", "2", "--machine_rank"]
+    processes = [start([*nodes, str(rank), *arguments, "--output_dir", str(folder)]) for rank in range(2)]
+    for process in processes:
+        finish(process)
+    ours, theirs = (read_metrics(path / "metrics.jsonl") for path in (folder, uninterrupted))
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-6)
 
 
 @pytest.fixture(scope="module")
