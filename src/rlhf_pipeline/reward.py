@@ -35,6 +35,7 @@ from rlhf_pipeline.core.reward_model import REWARD_OFFSET, draw_reward_model, lo
 from rlhf_pipeline.core.training import checkpoints
 from rlhf_pipeline.core.training.distributed import (
     Engine,
+    check_accumulation,
     clean_exit,
     describe_launch,
     load_dtype,
@@ -281,6 +282,7 @@ def check_values(config: Config) -> None:
     for name in ("batch_size", "lr", "epochs"):
         if getattr(config, name) <= 0:
             raise BadUse(f"--{name} is {getattr(config, name)}; expected a number above 0.")
+    check_accumulation(config.batch_size, config.per_device_train_batch_size)
 
 
 def main(config: Config) -> Path:

@@ -31,6 +31,7 @@ from rlhf_pipeline.core.training import checkpoints
 from rlhf_pipeline.core.training.conversations import Demonstrations, load_demonstrations
 from rlhf_pipeline.core.training.distributed import (
     Engine,
+    check_accumulation,
     clean_exit,
     describe_launch,
     load_dtype,
@@ -218,6 +219,7 @@ def check_values(config: Config) -> None:
     for name in ("batch_size", "lr", "epochs"):
         if getattr(config, name) <= 0:
             raise BadUse(f"--{name} is {getattr(config, name)}; expected a number above 0.")
+    check_accumulation(config.batch_size, config.per_device_train_batch_size)
 
 
 def main(config: Config) -> Path:

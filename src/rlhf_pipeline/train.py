@@ -40,6 +40,7 @@ from rlhf_pipeline.core.progress import Metrics, duration, is_main, read_metrics
 from rlhf_pipeline.core.training import checkpoints, lora, losses
 from rlhf_pipeline.core.training.distributed import (
     Engine,
+    check_accumulation,
     clean_exit,
     describe_launch,
     is_deepspeed,
@@ -47,7 +48,6 @@ from rlhf_pipeline.core.training.distributed import (
     main_process_first,
     make_accelerator,
     one_update,
-    promised_world_size,
     say_launch,
     sum_over_ranks,
 )
@@ -204,14 +204,7 @@ def check_values(config: Config) -> None:
         raise BadUse(f"--sft_weight is {config.sft_weight}; expected 0 or more.")
     if config.temperature is not None and config.temperature <= 0:
         raise BadUse(f"--temperature is {config.temperature}; expected a number above 0.")
-    steps, per_device = config.gradient_accumulation_steps, config.per_device_train_batch_size or 1
-    world = promised_world_size()
-    if steps is not None and steps * per_device * world != config.batch_size:
-        raise BadUse(
-            f"--gradient_accumulation_steps {steps} x {per_device} pairs x {world} processes is "
-            f"{steps * per_device * world}, --batch_size is {config.batch_size}: drop the former, "
-            "or make the product fit."
-        )
+    check_accumulation(config.batch_size, config.per_device_train_batch_size, config.gradient_accumulation_steps)
     for name in LOSSES:
         if name != config.loss and getattr(config, name) != type(getattr(config, name))():
             raise BadUse(f"a --{name} flag is set, but --loss is {config.loss}: drop it, or pass --loss {name}.")

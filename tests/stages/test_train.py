@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from conftest import PROMPTS
+from conftest import PROMPTS, REPO
 from rlhf_pipeline import train
 from rlhf_pipeline.core import storage
 from rlhf_pipeline.core.command import BadUse, WorkFailed
@@ -176,6 +178,29 @@ def test_a_resumed_run_ends_with_the_same_bits(here, monkeypatch):
     assert [line["loss"] for line in again] == [line["loss"] for line in metrics]
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(cut)[name]), name
+
+
+def test_a_loss_that_is_no_number_any_more_ends_the_run_and_names_the_last_good_state(here, tmp_path):
+    """At this learning rate the second update, the first one not at rate 0, throws the weights out of float32."""
+    with pytest.raises(
+        WorkFailed,
+        match=r"update 3 has loss .* and gradient norm nan; the last good state is .*checkpoints/update-2\. Lower",
+    ):
+        here(lr=1e30, warmup_ratio=0.4, save_every=1)
+
+
+def test_accumulation_that_a_launch_config_sets_must_fit_the_batch(here, tmp_path, monkeypatch):
+    """Of --batch_size 8 one process makes 8 engine calls of a pair: a config may say so, and nothing else."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(BadUse, match=r"of the accelerate config 4 x 1 pairs x 1 processes is 4, --batch_size is 8"):
+        here()
+    (tmp_path / "ds.json").write_text('{"gradient_accumulation_steps": 16}')
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "ds.json"))
+    with pytest.raises(BadUse, match=r"of .*/ds.json 16 x 1 pairs x 1 processes is 16, --batch_size is 8"):
+        here()
+    (tmp_path / "ds.json").write_text('{"gradient_accumulation_steps": "auto"}')
+    assert here("fits")[1]
 
 
 @pytest.mark.parametrize(
@@ -346,6 +371,19 @@ def test_length_columns_and_padding_agree(tmp_path, tiny_policy):
     for kind in ("prompt", "chosen", "rejected"):
         for a, b in zip(getattr(loaded[0], kind), getattr(loaded[1], kind), strict=True):
             assert a.tolist() == b.tolist()
+
+
+def test_the_train_job_of_two_nodes_starts_a_launch_on_each(tmp_path):
+    """With srun and scontrol as two nodes would have them: every launch is told the first node and its own number."""
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho node7; echo node8\n")
+    (tmp_path / "srun").write_text('#!/bin/sh\nshift; for n in 0 1; do SLURM_NODEID=$n "$@"; done\n')
+    for name in ("scontrol", "srun"):
+        (tmp_path / name).chmod(0o755)
+    job = ["bash", str(REPO / "scripts/slurm/train.sbatch"), "echo", "launch", "--num_processes", "16", "a b"]
+    slurm = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[7-8]", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    out = subprocess.run(job, env={**os.environ, **slurm}, capture_output=True, text=True, check=True).stdout
+    words = "launch --num_machines 2 --main_process_ip node7 --machine_rank {} --num_processes 16 a b\n"
+    assert out == words.format(0) + words.format(1)
 
 
 def test_zero_3_on_two_processes_equals_one(here, launch, pairs, tiny_policy, tmp_path):

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -65,7 +66,9 @@ def start(command_environment):
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(
+        timeout=600
+    )  # minutes, where DeepSpeed compiles its CPU optimizer for the first time
     assert process.returncode == 0, output[-4000:]
     return output
 
@@ -176,8 +179,13 @@ OTHER_LAUNCHES = pytest.mark.parametrize(
             {"ACCELERATE_USE_CPU": "true"},
         ),
         ([sys.executable], {}),
+        pytest.param(
+            [*ACCELERATE, *ZERO_3, "--config_file", "accelerate_cfgs/deepspeed_config_stage_3_offload.yaml"],
+            {},
+            marks=pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeed compiles its CPU optimizer"),
+        ),
     ],
-    ids=["zero 2", "ddp", "one process"],
+    ids=["zero 2", "ddp", "one process", "cpu offload"],
 )
 
 
@@ -190,6 +198,21 @@ def test_launch_modes_agree(start, arguments, uninterrupted, launcher, env, tmp_
     for name in ("loss", "grad_norm", "test_loss"):
         found = [line[name] for line in ours if name in line]
         assert found == pytest.approx([line[name] for line in theirs if name in line], rel=1e-4), name
+
+
+def test_two_launches_on_two_nodes_are_one(start, arguments, uninterrupted, tmp_path):
+    """Each of two launchers starts one of two processes, as on two nodes: the losses are those of a single launcher."""
+    folder = tmp_path / "policy"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    nodes = [*ACCELERATE[:3], *ZERO_3, "--mixed_precision", "no", "--main_process_port", port]
+    nodes += ["--main_process_ip", "127.0.0.1", "--num_machines", "2", "--machine_rank"]
+    processes = [start([*nodes, str(rank), *arguments, "--output_dir", str(folder)]) for rank in range(2)]
+    for process in processes:
+        finish(process)
+    ours, theirs = (read_metrics(path / "metrics.jsonl") for path in (folder, uninterrupted))
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-6)
 
 
 @pytest.fixture(scope="module")

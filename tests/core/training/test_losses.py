@@ -492,6 +492,16 @@ def test_the_odds_ratio_of_orpo_agrees_with_trl(trl: SimpleNamespace) -> None:
     agree(Orpo(odds_weight=0.7)(pairs) + pairs.chosen_mean_logp, -theirs.double())
 
 
+def test_sppo_of_a_sure_winner_agrees_with_trl(trl: SimpleNamespace) -> None:
+    """TRL's hard form takes the winner's probability for 1: at beta 0.2 it asks for (1 - 1/2) / 0.2 = 2.5 nats. Here
+    a winner of two beats itself half the time: (3/4 - 1/2) / 0.1 is the same. TRL adds the squares, we average."""
+    pairs = random_pairs()
+    rewards = torch.tensor([[60.0, -60.0]]).double().expand(8, 2)
+    pairs = dataclasses.replace(pairs, chosen_reward=rewards[:, 0], rejected_reward=rewards[:, 1], rewards=rewards)
+    theirs = trl_pair_loss(trl.dpo, pairs, beta=0.2, loss_types=["sppo_hard"])
+    agree(2 * Sppo(beta=0.1)(pairs), theirs)
+
+
 @pytest.mark.parametrize("mismatched", [1.3, -0.4])
 def test_kto_agrees_with_trl(trl: SimpleNamespace, mismatched: float) -> None:
     pairs = dataclasses.replace(random_pairs(), mismatched_log_ratio=mismatched)

@@ -136,7 +136,8 @@ def check_finite(numbers: dict[str, float], folder: Path) -> None:
         return
     raise WorkFailed(
         f"update {numbers['update']} has loss {numbers['loss']} and gradient norm {numbers['grad_norm']}; the last "
-        f"good state is {latest(folder) or 'the starting model'}. Lower --lr, or set --max_grad_norm 1."
+        f"good state is {latest(folder) or 'the starting model'}. Lower --lr or set --max_grad_norm 1, and begin again "
+        "with --overwrite."
     )
 
 

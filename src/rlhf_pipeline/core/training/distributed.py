@@ -10,11 +10,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from rlhf_pipeline.core.command import BadUse
+from rlhf_pipeline.core.files import read_json
 from rlhf_pipeline.core.progress import say
 
 if TYPE_CHECKING:
@@ -76,6 +78,33 @@ def make_accelerator(*, max_grad_norm: float | None) -> Accelerator:
 def promised_world_size() -> int:
     """How many processes the launcher says it started, before any Accelerator exists."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_accumulation(batch_size: int, per_device: int | None, steps: int | None = None) -> None:
+    """Raise BadUse for a gradient_accumulation_steps, `steps` or one of the launch's configs, that doesn't fit.
+
+    The plan of an update decides how often gradients are added up; what others say of it is only checked.
+    """
+    said = {"--gradient_accumulation_steps": steps}
+    said["gradient_accumulation_steps of the accelerate config"] = _number("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if path != "none":
+        there = (read_json(Path(path)) or {}).get("gradient_accumulation_steps")
+        said[f"gradient_accumulation_steps of {path}"] = there if isinstance(there, int) else None
+    world, each = promised_world_size(), per_device or 1
+    for name, count in said.items():
+        if count is None or (count == 1 and not name.startswith("--")):  # 1 is what a config says by default
+            continue
+        if count * each * world != batch_size:
+            raise BadUse(
+                f"{name} {count} x {each} pairs x {world} processes is {count * each * world}, --batch_size is "
+                f"{batch_size}: drop the former, or make the product fit."
+            )
+
+
+def _number(variable: str) -> int | None:
+    value = os.environ.get(variable, "")
+    return int(value) if value.isdigit() else None
 
 
 def is_deepspeed(accelerator: Accelerator) -> bool:
@@ -140,12 +169,6 @@ def _check_launch(accelerator: Accelerator) -> None:
 
 def _configure_deepspeed(accelerator: Accelerator, max_grad_norm: float | None) -> None:
     """Hand DeepSpeed its numbers directly: through accelerate a clipping of 0 becomes 1.0, and yaml wins over code."""
-    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if accumulation not in ("1", "auto"):
-        raise BadUse(
-            f"the accelerate config sets gradient_accumulation_steps to {accumulation}; expected none there: remove "
-            "it, --batch_size and --per_device_train_batch_size decide."
-        )
     clipping = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "auto")
     if clipping not in ("auto", "none", "None") and float(clipping) != (max_grad_norm or 0.0):
         raise BadUse(
