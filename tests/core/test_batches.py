@@ -18,7 +18,22 @@ def test_a_row_is_prompt_and_response_without_a_gap_then_padding():
     assert batch.positions.tolist() == [2, 3, 5]
     assert batch.labels.tolist() == [8, 9, 2]
     assert batch.rows.tolist() == [0, 0, 1]
-    assert {tensor.dtype for tensor in vars(batch).values()} == {torch.int64}
+    assert batch.longest == 5
+    assert {value.dtype for value in vars(batch).values() if isinstance(value, torch.Tensor)} == {torch.int64}
+
+
+def test_a_packed_batch_is_one_row_without_padding():
+    """The same two sequences end to end: places 0 to 4, then 0 and 1; the second begins at 5, its prompt's token
+    predicts the response's."""
+    batch = collate([[5, 6, 7], [1]], [[8, 9], [2]], packed=True)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 1, 2]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1]]
+    assert batch.boundaries.tolist() == [0, 5, 7]
+    assert batch.boundaries.dtype == torch.int32
+    assert batch.positions.tolist() == [2, 3, 5]
+    assert batch.labels.tolist() == [8, 9, 2]
+    assert batch.rows.tolist() == [0, 0, 1]
+    assert batch.longest == 5
 
 
 def test_an_empty_response_has_no_labels_and_an_empty_prompt_is_refused():
@@ -36,6 +51,17 @@ def test_a_plan_by_hand():
         [MicroBatch((0, 1), 1.0, 40)],
         [MicroBatch((4, 3, 2), 1.0, 18)],
     ]
+
+
+def test_a_packed_plan_counts_real_tokens():
+    """The same pairs of 14 12 4 3 6 tokens in all, packed: 3 4 6 12 | 14 would be two groups within 25 tokens, but
+    3 4 6 | 12 | 14 and then 3 4 | 6 | 12 | 14 are as many calls as four ranks make anyway, and no group is dearer
+    than the 14 of the longest pair alone."""
+    lengths = [[10, 4], [3, 9], [2, 2], [1, 2], [3, 3]]
+    plan = plan_calls(lengths, world_size=4, max_tokens=25, packed=True)
+    assert [[call.tokens for call in calls] for calls in plan] == [[14], [12], [7], [6]]
+    [[one], [other]] = plan_calls(lengths, world_size=2, max_tokens=40, packed=True)
+    assert (one.tokens, other.tokens) == (25, 14)
 
 
 def test_ranks_without_a_pair_repeat_the_shortest_at_weight_zero():

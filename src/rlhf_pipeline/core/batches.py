@@ -1,12 +1,13 @@
 """Trimmed token ids become tensors, and every rank's engine calls are planned from lengths alone.
 
-A row of a batch is prompt and response without a gap, then padding on the right. Under a causal mask no real
-token can see that padding, so its ids are only data, replaced by one that every embedding has.
+A sequence is prompt and response without a gap. A padded batch has a row for each sequence, with padding on the right:
+under a causal mask no real token can see it, so its ids are only data, replaced by one that every embedding has. A
+packed batch has one row in which the sequences stand end to end, for attention that keeps them apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -21,59 +22,73 @@ TokenIds = Sequence[int] | npt.NDArray[np.integer]
 
 @dataclass(frozen=True)
 class Batch:
-    """B sequences, right-padded to T tokens, and where their M response tokens are, row after row."""
+    """B sequences, and where their M response tokens are, sequence after sequence."""
 
     input_ids: torch.Tensor
-    """(B, T) int64"""
+    """(B, T) int64, right-padded to the longest, or packed (1, T), T the sum of all lengths"""
     prompt_lengths: torch.Tensor
     """(B,) int64, tokens"""
     response_lengths: torch.Tensor
     """(B,) int64, tokens"""
     positions: torch.Tensor
-    """(M,) int64: index into the flattened (B * T) of the token before each response token, its predictor"""
+    """(M,) int64: index into the flattened input_ids of the token before each response token, its predictor"""
     labels: torch.Tensor
     """(M,) int64: the response tokens"""
     rows: torch.Tensor
-    """(M,) int64: the row of each response token"""
+    """(M,) int64: the sequence of each response token"""
+    longest: int
+    """Tokens of the longest sequence."""
+    position_ids: torch.Tensor | None = None
+    """(1, T) int64, of a packed batch: each token's place in its own sequence"""
+    boundaries: torch.Tensor | None = None
+    """(B + 1,) int32, of a packed batch: where each sequence begins, and the end of the last"""
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
 
 
 def collate(
     prompts: Sequence[TokenIds],
     responses: Sequence[TokenIds],
     *,
+    packed: bool = False,
     fill_id: int = FILL_ID,
     device: torch.device | str = "cpu",
 ) -> Batch:
     """One batch of B trimmed prompts and their responses. Raises ValueError for a prompt without tokens.
 
-    An empty response is allowed: its row has no response tokens. A response's first token is predicted by the
-    prompt's last, so a prompt can't be empty.
+    An empty response is allowed: its sequence has no response tokens. A response's first token is predicted by
+    the prompt's last, so a prompt can't be empty.
     """
     prompt_lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     response_lengths = np.array([len(response) for response in responses], dtype=np.int64)
     if prompt_lengths.min() == 0:
         raise ValueError(f"prompt {prompt_lengths.argmin()} of the batch has no tokens")
     lengths = prompt_lengths + response_lengths
-    width = int(lengths.max())
-    input_ids = np.full((len(lengths), width), fill_id, dtype=np.int64)
-    for row, prompt, response in zip(input_ids, prompts, responses, strict=True):
-        row[: len(prompt)] = prompt
-        row[len(prompt) : len(prompt) + len(response)] = response
+    ends = np.cumsum(lengths)
+    begins = ends - lengths if packed else np.arange(len(lengths)) * lengths.max()
+    shape = (1, int(ends[-1])) if packed else (len(lengths), int(lengths.max()))
+    ids = np.full(shape, fill_id, dtype=np.int64)
+    flat = ids.reshape(-1)
+    for begin, prompt, response in zip(begins, prompts, responses, strict=True):
+        flat[begin : begin + len(prompt)] = prompt
+        flat[begin + len(prompt) : begin + len(prompt) + len(response)] = response
 
     rows = np.repeat(np.arange(len(lengths)), response_lengths)
-    starts = np.cumsum(response_lengths) - response_lengths
-    within = np.arange(len(rows)) - starts[rows]
-    first_of_response = rows * width + prompt_lengths[rows]
+    within = np.arange(len(rows)) - (np.cumsum(response_lengths) - response_lengths)[rows]
+    of_response = begins[rows] + prompt_lengths[rows] + within
+    position_ids = np.arange(shape[1]) - np.repeat(begins, lengths) if packed else None
     batch = Batch(
-        input_ids=torch.from_numpy(input_ids),
+        input_ids=torch.from_numpy(ids),
         prompt_lengths=torch.from_numpy(prompt_lengths),
         response_lengths=torch.from_numpy(response_lengths),
-        positions=torch.from_numpy(first_of_response + within - 1),
-        labels=torch.from_numpy(input_ids.reshape(-1)[first_of_response + within]),
+        positions=torch.from_numpy(of_response - 1),
+        labels=torch.from_numpy(flat[of_response]),
         rows=torch.from_numpy(rows),
+        longest=int(lengths.max()),
+        position_ids=None if position_ids is None else torch.from_numpy(position_ids)[None],
+        boundaries=torch.from_numpy(np.append(0, ends).astype(np.int32)) if packed else None,
     )
     return batch.to(device)
 
@@ -91,14 +106,19 @@ class MicroBatch:
 
 
 def plan_calls(
-    lengths: npt.ArrayLike, *, world_size: int, max_pairs: int | None = None, max_tokens: int | None = None
+    lengths: npt.ArrayLike,
+    *,
+    world_size: int,
+    max_pairs: int | None = None,
+    max_tokens: int | None = None,
+    packed: bool = False,
 ) -> list[list[MicroBatch]]:
     """Cut n pairs into engine calls: for each rank its micro-batches, as many on every rank.
 
     `lengths` (n, k) are the tokens of a pair's k sequences (prompt + chosen, prompt + rejected), or (n,)
-    where there is one sequence each. All sequences of a call are padded to its longest. A call holds at most
-    `max_pairs` pairs and at most `max_tokens` tokens, padding included; a pair that is longer alone gets a
-    call of its own.
+    where there is one sequence each. Unless they are `packed`, all sequences of a call are padded to its longest.
+    A call holds at most `max_pairs` pairs and at most `max_tokens` tokens, padding included; a pair that is
+    longer alone gets a call of its own.
 
     Every pair is in exactly one micro-batch of weight 1. Where pairs don't go round, a rank repeats the
     shortest pair at weight 0. Pairs are sorted by length; the calls that ranks make at the same time cost
@@ -108,15 +128,20 @@ def plan_calls(
     table = np.asarray(lengths, dtype=np.int64)
     if len(table) == 0:
         return [[] for _ in range(world_size)]
-    widths = table.reshape(len(table), -1).max(axis=1)
-    per_pair = table.size // len(table)
-    order = np.argsort(widths, kind="stable")
-    groups = _cut(widths[order], per_pair, world_size, max_pairs or len(order), max_tokens)
+    table = table.reshape(len(table), -1)
+    sizes = table.sum(axis=1) if packed else table.shape[1] * table.max(axis=1)
+    order = np.argsort(sizes, kind="stable")
+    sizes = sizes[order]
+    before = np.append(0, np.cumsum(sizes))
+
+    def tokens(start: int, stop: int) -> int:
+        return int(before[stop] - before[start]) if packed else (stop - start) * int(sizes[stop - 1])
 
     def micro_batch(start: int, stop: int, weight: float) -> MicroBatch:
         indices = tuple(int(index) for index in order[start:stop][::-1])
-        return MicroBatch(indices, weight, per_pair * (stop - start) * int(widths[order[stop - 1]]))
+        return MicroBatch(indices, weight, tokens(start, stop))
 
+    groups = _cut(tokens, len(order), world_size, max_pairs or len(order), max_tokens)
     calls = [micro_batch(start, stop, 1.0) for start, stop in groups]
     calls.sort(key=lambda call: (-call.tokens, call.indices))
     calls += [micro_batch(0, 1, 0.0)] * (-len(calls) % world_size)
@@ -124,24 +149,25 @@ def plan_calls(
 
 
 def _cut(
-    widths: npt.NDArray[np.int64], per_pair: int, world_size: int, max_pairs: int, max_tokens: int | None
+    tokens: Callable[[int, int], int], count: int, world_size: int, max_pairs: int, max_tokens: int | None
 ) -> list[tuple[int, int]]:
-    """(start, stop) of contiguous groups of ascending `widths`, a multiple of `world_size` if pairs suffice.
+    """(start, stop) of contiguous groups of `count` pairs of ascending size, a multiple of `world_size` if they suffice.
 
-    The number of calls per rank is the smallest that the limits allow; within it the dearest group is made as
-    cheap as can be, and then the dearest groups are halved until no rank is short or every pair is alone.
+    `tokens(start, stop)` are those of a group. The number of calls per rank is the smallest that the limits allow;
+    within it the dearest group is made as cheap as can be, and then the dearest groups are halved until no rank is
+    short or every pair is alone.
     """
 
     def groups_within(limit: int) -> list[tuple[int, int]]:
         groups, start = [], 0
-        for stop in range(1, len(widths) + 1):
-            full = stop - start > max_pairs or per_pair * (stop - start) * int(widths[stop - 1]) > limit
+        for stop in range(1, count + 1):
+            full = stop - start > max_pairs or tokens(start, stop) > limit
             if full and stop - start > 1:
                 groups.append((start, stop - 1))
                 start = stop - 1
-        return [*groups, (start, len(widths))]
+        return [*groups, (start, count)]
 
-    low, high = 1, per_pair * len(widths) * int(widths[-1])
+    low, high = 1, tokens(0, count)
     if max_tokens is not None:
         high = min(high, max_tokens)
     wanted = -(-len(groups_within(high)) // world_size) * world_size
@@ -152,9 +178,9 @@ def _cut(
         else:
             low = middle + 1
     groups = groups_within(high)
-    while len(groups) < min(wanted, len(widths)):
+    while len(groups) < min(wanted, count):
         several = [(start, stop) for start, stop in groups if stop - start > 1]
-        start, stop = max(several, key=lambda group: (group[1] - group[0]) * int(widths[group[1] - 1]))
+        start, stop = max(several, key=lambda group: tokens(*group))
         groups.remove((start, stop))
         groups += [(start, (start + stop) // 2), ((start + stop) // 2, stop)]
     return groups

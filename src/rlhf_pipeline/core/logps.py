@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from rlhf_pipeline.core.batches import Batch
 from rlhf_pipeline.core.command import BadUse
 
-CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
 """Memory of one chunk of logits; other devices take the CPU's."""
 
 
@@ -29,6 +29,10 @@ def token_logps(model: nn.Module, batch: Batch, temperature: float) -> Tensor:
 
     One call of `model`, which may be wrapped by an engine. float32 (float64 for a float64 model).
     """
+    packing: dict[str, Any] = {}
+    if batch.boundaries is not None:  # the names by which transformers hands them to attention
+        packing = {"position_ids": batch.position_ids, "max_length_q": batch.longest, "max_length_k": batch.longest}
+        packing |= {"cu_seq_lens_q": batch.boundaries, "cu_seq_lens_k": batch.boundaries}
     # No attention mask: padding is on the right, where no token under a causal mask looks, and without one
     # kernels are faster.
     result: Tensor = model(
@@ -36,6 +40,7 @@ def token_logps(model: nn.Module, batch: Batch, temperature: float) -> Tensor:
         label_positions=batch.positions,
         label_ids=batch.labels,
         temperature=temperature,
+        **packing,
     )
     return result
 
@@ -213,9 +218,11 @@ class _LinearLogps(torch.autograd.Function):
         log_normalizer = torch.empty(len(hidden), dtype=head.exact, device=hidden.device)
         logps = torch.empty_like(log_normalizer)
         for chunk in head.chunks(hidden):
-            logits = head.logits(hidden[chunk])
-            log_normalizer[chunk] = logits.logsumexp(-1)
-            logps[chunk] = logits.gather(1, label_ids[chunk, None])[:, 0] - log_normalizer[chunk]
+            logits, labels = head.logits(hidden[chunk]), label_ids[chunk, None]
+            of_labels = logits.gather(1, labels)[:, 0]
+            # log_softmax is one fused kernel, logsumexp several
+            logps[chunk] = logits.log_softmax(-1).gather(1, labels)[:, 0]
+            log_normalizer[chunk] = of_labels - logps[chunk]
         ctx.save_for_backward(hidden, weight, bias, label_ids, log_normalizer)
         ctx.logit_map, ctx.temperature = logit_map, temperature
         return logps

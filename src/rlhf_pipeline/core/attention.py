@@ -1,0 +1,122 @@
+"""Attention over packed rows: sequences stand end to end in one row and each sees itself alone.
+
+No layer of the model then computes padding, on any device. On a CUDA GPU the kernel is torch's own varlen attention,
+elsewhere causal attention one sequence after the other. transformers finds it by the name PACKED once `register` was
+called; flash_attention_2 takes the same rows by itself.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_pipeline.core.batches import collate
+from rlhf_pipeline.core.command import BadUse
+from rlhf_pipeline.core.logps import token_logps
+
+PACKED = "packed"
+CHANGES = ("sliding_window", "softcap", "s_aux", "position_bias")
+"""What models ask of attention, besides a causal mask and a scale, that PACKED does not do."""
+LEAK = 0.05
+"""Nats: no kernel's rounding moves a log-prob by more, another sequence within sight does."""
+
+
+def takes_packed_rows(model: Any) -> bool:
+    """Whether a transformers model was loaded with attention that keeps the sequences of a packed row apart."""
+    return model.config._attn_implementation in (PACKED, "flash_attention_2")
+
+
+def register() -> None:
+    """Make PACKED a name that from_pretrained(attn_implementation=) knows."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(PACKED, packed_attention)
+    AttentionMaskInterface.register(PACKED, _no_mask)
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """A packed row needs none; a dense one would grow with the square of its length."""
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """(1, T, heads, D) of query (1, heads, T, D) and key, value (1, key heads, T, D), causal within each sequence.
+
+    Raises BadUse for what it can't compute, so that no model is ever computed wrongly: a row whose boundaries did not
+    reach it, dropout, and CHANGES.
+    """
+    asked = [name for name in CHANGES if kwargs.get(name) is not None] + ["dropout"] * (dropout > 0)
+    if cu_seq_lens_q is None or max_length_q is None:
+        asked.append("rows that are not packed")
+    if asked or cu_seq_lens_q is None or max_length_q is None:
+        raise BadUse(
+            f"--attn_implementation {PACKED}: {type(module).__name__} wants {', '.join(asked)}, which it can't compute; "
+            "pass sdpa or eager."
+        )
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings give float32 back
+        half = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(half), key.to(half), value.to(half)
+    grouped = query.shape[1] != key.shape[1]
+    if query.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn
+
+        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+        lengths = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+        return varlen_attn(*rows, *lengths, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)[None], None
+    sequences = (tensor.split(cu_seq_lens_q.diff().tolist(), dim=2) for tensor in (query, key, value))
+    outputs = [
+        nn.functional.scaled_dot_product_attention(*sequence, is_causal=True, scale=scaling, enable_gqa=grouped)
+        for sequence in zip(*sequences, strict=True)
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+@functools.cache
+def varlen_works() -> bool:
+    """Whether torch's varlen attention computes forward and backward here, tried once on a tiny row."""
+    if not torch.cuda.is_available():
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    heads = [torch.ones(4, count, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for count in (2, 1, 1)]
+    boundaries = torch.tensor([0, 1, 4], device="cuda", dtype=torch.int32)
+    try:
+        varlen_attn(*heads, boundaries, boundaries, 3, 3, window_size=(-1, 0), enable_gqa=True).sum().backward()
+    except RuntimeError:  # a torch built without the kernel, or a GPU that it does not know
+        return False
+    return True
+
+
+@torch.no_grad()
+def check_packed(model: nn.Module, device: torch.device) -> None:
+    """Raise BadUse if what a sequence gets depends on its neighbour in a packed row.
+
+    Convolutions and recurrent layers, for example, know nothing of boundaries. `model` has `logps.install`; under an
+    engine the call is collective.
+    """
+    prompts = [[1, 2, 3, 1, 2, 3, 1], [2, 1]]
+    found = [
+        token_logps(model, collate(prompts, [[neighbour] * 7, [3, 1, 2]], packed=True, device=device), 1.0)[7:]
+        for neighbour in (0, 3)
+    ]
+    moved = float((found[0] - found[1]).abs().max())
+    if not moved < LEAK:
+        raise BadUse(
+            f"--attn_implementation: in a packed row this model's log-probs depend on the neighbouring sequence "
+            f"({moved:.2g} nats), so some of its layers see across boundaries; pass sdpa."
+        )
