@@ -180,6 +180,23 @@ def remove(path: Path) -> None:
         os.unlink(path)
 
 
+def replace_folder(new: Path, final: Path) -> None:
+    """Let `new` have the name `final`, and remove what had it; may be repeated after a kill at any step."""
+    old = replaced(final)
+    remove(old)
+    if final.exists():
+        final.rename(old)
+    sync_folder(new)
+    new.rename(final)
+    sync_folder(final.parent)
+    remove(old)
+
+
+def replaced(folder: Path) -> Path:
+    """Where a folder that is being replaced stands for the moment until the new one has its name."""
+    return folder.with_name(f".{folder.name}.replaced")
+
+
 def sha256_of(paths: Iterable[Path], *, relative_to: Path | None = None) -> str:
     """sha256 over the files' names (relative to a folder, if given) and contents, in the order of their names."""
     total = hashlib.sha256()

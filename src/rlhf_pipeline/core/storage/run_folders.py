@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.core.command import BadUse
-from rlhf_pipeline.core.files import locked, read_json, remove, write_atomic, write_json
+from rlhf_pipeline.core.files import locked, read_json, remove, replace_folder, write_atomic, write_json
 from rlhf_pipeline.core.storage.identity import changes, check_same_run
 from rlhf_pipeline.core.storage.layout import CARD, IDENTITY, PROVENANCE
 
@@ -32,9 +32,11 @@ def run_state(folder: Path, identity: dict[str, Any], *, overwrite: bool) -> str
 def start_run(folder: Path, identity: dict[str, Any], *, overwrite: bool) -> None:
     """Make `folder` ready for the run: as it is if it holds a part of it, empty if it is new or to be overwritten."""
     if run_state(folder, identity, overwrite=overwrite) == "absent":
-        remove(folder)
-        folder.mkdir(parents=True)
-        write_json(folder / IDENTITY, identity)
+        begun = folder.with_name(f".{folder.name}.begun")
+        remove(begun)
+        begun.mkdir(parents=True)
+        write_json(begun / IDENTITY, identity)
+        replace_folder(begun, folder)
 
 
 def finish_run(folder: Path, identity: dict[str, Any], provenance: dict[str, Any], card: str) -> None:

@@ -24,6 +24,8 @@ from rlhf_pipeline.core.files import (
     notes_of_holders,
     read_json,
     remove,
+    replace_folder,
+    replaced,
     sync_folder,
     write_atomic,
     write_json,
@@ -157,14 +159,7 @@ def appear(partial: Path, final: Path) -> None:
         remove(partial / name)
     for left in partial.rglob(TEMPORARY):
         left.unlink(missing_ok=True)
-    old = _replaced(final)
-    remove(old)
-    if final.exists():
-        final.rename(old)
-    sync_folder(partial)
-    partial.rename(final)
-    sync_folder(final.parent)
-    remove(old)
+    replace_folder(partial, final)
 
 
 @contextlib.contextmanager
@@ -223,7 +218,7 @@ def _settle(folder: Path, identity: dict[str, Any], overwrite: bool, share: Shar
     """Make ready to write; True if there is nothing to write."""
     state, partial = existing_state(folder, identity, overwrite=overwrite), partial_folder(folder)
     if state == "done":
-        remove(_replaced(folder))
+        remove(replaced(folder))
     if state == "done" or (remote is not None and remote.state == "done"):
         return True
     if state == "partial" and (partial / PROVENANCE).exists():
@@ -237,11 +232,6 @@ def _settle(folder: Path, identity: dict[str, Any], overwrite: bool, share: Shar
     settled = {**settled, **(read_json(partial / SETTLED) or {}), "num_shards": share.count}
     write_json(partial / SETTLED, settled)
     return False
-
-
-def _replaced(folder: Path) -> Path:
-    """Where an output that is being overwritten stands for the moment until the new one has its name."""
-    return folder.with_name(f".{folder.name}.replaced")
 
 
 def _lock_name(folder: Path) -> str:
