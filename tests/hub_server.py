@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -31,6 +32,8 @@ class Hub:
         self.together: threading.Barrier | None = None
         """Where the next commits wait for each other, so that they are made on top of the same one"""
         self.lock = threading.Lock()
+        self.victim: subprocess.Popen[bytes] | None = None
+        self.changes_left = -1
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -46,6 +49,10 @@ class Hub:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
+    def kill(self, process: subprocess.Popen[bytes], at: int | None) -> None:
+        """End `process` when it asks for the at-th thing, from 0, that changes something here; None: never."""
+        self.victim, self.changes_left = process, -1 if at is None else at
+
     def close(self) -> None:
         self.server.shutdown()
         self.server.server_close()
@@ -55,6 +62,10 @@ def answer(request: BaseHTTPRequestHandler, hub: Hub) -> None:
     path = request.path.split("?")[0].strip("/")
     hub.asked.append(f"{request.command} {path}")
     body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
+    if request.command in ("POST", "PUT") and hub.victim is not None:
+        if hub.changes_left == 0:
+            hub.victim.kill()
+        hub.changes_left -= 1
     signed_in = request.headers.get("Authorization") == f"Bearer {TOKEN}"
     if path == "api/whoami-v2":
         send_json(request, {"name": ACCOUNT, "orgs": [], "type": "user"}) if signed_in else send_json(request, {}, 401)

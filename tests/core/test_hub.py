@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +54,87 @@ def test_a_push_that_failed_is_repeated_without_computing_again(run_command, res
     second = rank(run_command, responses, online, "owner/rewards")
     assert second.returncode == 0, second.stderr
     assert "README.md" in hub.repos["dataset", "owner/rewards"]["files"]
+
+
+def test_a_push_that_was_cut_off_does_not_send_again_what_had_arrived(run_command, responses, online, hub):
+    """40 rows are three large files. The second does not arrive: the push fails, and the next sends only what lacks."""
+    rows = [{"prompt": f"Say {n}.", "response_0": f"{n}", "response_1": f"{n} " * 2} for n in range(40)]
+    responses.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    hub.blob_failures = [0, 400, 400]
+    first = rank(run_command, responses, online, "owner/rewards")
+    assert first.returncode == 1 and len(first.stderr.strip().splitlines()) == 1, first.stderr
+    assert "HTTP 400" in first.stderr and "--push_only pushes it" in first.stderr
+    arrived = len(hub.blobs)
+    assert arrived == 1 and hub.repos["dataset", "owner/rewards"]["files"] == {}
+    hub.asked.clear()
+    second = push_only(run_command, responses, online)
+    assert second.returncode == 0, second.stderr
+    assert sum(line.startswith("PUT blobs/") for line in hub.asked) == 2
+    assert {"README.md", "data/train-00002-of-00003.parquet"} < set(hub.repos["dataset", "owner/rewards"]["files"])
+
+
+def push_only(run_command, responses: Path, online: dict[str, str], output: str = "owner/rewards"):
+    args = ("--input_repo", "./gone", "--output_repo", output, "--push_only")
+    return run_command("rank", *args, env=online, cwd=responses.parent)
+
+
+def test_push_only_needs_a_whole_output_and_a_repo(run_command, responses, online, hub):
+    nothing = push_only(run_command, responses, online)
+    assert nothing.returncode == 2 and "--push_only finds no whole output in runs/hub/owner/rewards" in nothing.stderr
+    local = push_only(run_command, responses, online, "./rewards")
+    assert local.returncode == 2 and "--output_repo is ./rewards: name it as OWNER/NAME" in local.stderr
+    assert hub.repos == {}
+
+
+def test_another_runs_output_on_the_hub_is_refused_and_replaced_whole_when_asked(run_command, responses, online, hub):
+    """Another machine has written more files there; afterwards none of them is left among ours."""
+    rows = [{"prompt": f"Say {n}.", "response_0": f"{n}", "response_1": f"{n} " * 2} for n in range(40)]
+    few = responses.read_text()
+    responses.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert rank(run_command, responses, online, "owner/rewards").returncode == 0
+    shutil.rmtree(responses.parent / "runs")
+    responses.write_text(few)
+    refused = rank(run_command, responses, online, "owner/rewards")
+    assert refused.returncode == 2
+    assert "--output_repo owner/rewards holds the output of another run (inputs.responses was" in refused.stderr
+    assert rank(run_command, responses, online, "owner/rewards", None, "--overwrite").returncode == 0
+    files = hub.repos["dataset", "owner/rewards"]["files"]
+    assert [name for name in files if name.startswith("data/")] == ["data/train-00000-of-00001.parquet"]
+
+
+def test_a_repo_that_holds_something_else_is_never_replaced(run_command, responses, online, hub):
+    hub.repos["dataset", "owner/rewards"] = {"private": True, "files": {"thesis.txt": b"x"}, "sha": "1" * 40}
+    refused = rank(run_command, responses, online, "owner/rewards", None, "--overwrite")
+    assert refused.returncode == 2 and "holds no output of rlhf_pipeline (thesis.txt" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_command_killed_at_any_of_its_requests_goes_on_to_the_same_repo(command_environment, responses, online, hub):
+    """Killed while it asks for the k-th thing that changes the Hub; run again, the repo is as if nothing had been."""
+    args = ["--input_repo", str(responses), "--reward_model", f"{responses.parent}/judge.py:length"]
+    args += ["--num_responses", "2", "--output_repo", "owner/rewards", "--num_shards", "2", "--shard_index"]
+
+    def run(index: int, kill_at: int | None) -> int:
+        words = [sys.executable, "-m", "rlhf_pipeline.rank", *args, str(index)]
+        environment = {**command_environment, **online}
+        with subprocess.Popen(words, cwd=responses.parent, env=environment, stdout=subprocess.DEVNULL) as process:
+            hub.kill(process, kill_at)
+            return process.wait(60)
+
+    expected, step, code = None, -1, -9
+    while code != 0:
+        hub.repos.clear()
+        shutil.rmtree(responses.parent / "runs", ignore_errors=True)
+        assert run(1, None) == 0
+        code = run(0, step if step >= 0 else None)
+        if step >= 0:
+            assert code in (0, -9)
+            assert run(0, None) == 0
+        files = {name: len(content) for name, content in hub.repos["dataset", "owner/rewards"]["files"].items()}
+        expected = expected or files
+        assert set(files) == set(expected) and "README.md" in files
+        step, code = step + 1, code if step >= 0 else -9
+    assert step > 5
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,7 @@ def entry(main: Callable[[Any], object], config_type: Any) -> NoReturn:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     die_with_launcher()
     debug = "--debug" in sys.argv
     signal.signal(signal.SIGTERM, _raise_terminated)

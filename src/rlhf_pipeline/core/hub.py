@@ -91,6 +91,15 @@ def download(
         )
 
 
+def check_access(repo_id: str, kind: Kind, *, flag: str) -> None:
+    """Raises BadUse if our token may not read the files of a repo that it sees: a gated one. Offline: no check."""
+    from huggingface_hub import HfApi, constants
+
+    if not constants.is_offline_mode():
+        with explained(repo_id, kind, flag):
+            HfApi().auth_check(repo_id, repo_type=kind)
+
+
 def writable_accounts() -> set[str]:
     """The account and organisations that the stored token may write to; empty without a token."""
     from huggingface_hub import HfApi, get_token

@@ -11,7 +11,7 @@ from typing import Any
 from rlhf_pipeline.core import hub
 from rlhf_pipeline.core.command import BadUse, WorkFailed
 from rlhf_pipeline.core.files import atomic, locked, read_json, write_json
-from rlhf_pipeline.core.progress import say
+from rlhf_pipeline.core.progress import is_main, say
 from rlhf_pipeline.core.storage import remote
 from rlhf_pipeline.core.storage.layout import (
     JOURNAL,
@@ -117,9 +117,9 @@ def _push_share(output: Output, repo_id: str, overwrite: bool, flag: str) -> Rem
         commit = now.commit
     pushed = Remote(repo_id, commit, "partial", now.names | set(add), notes={**now.notes, str(output.share): notes})
     missing = lacking(counts, pushed.shards)
-    say(f"pushed     {len(add)} files to hf://datasets/{repo_id}@{commit}")
+    print(f"pushed     {len(add)} files to hf://datasets/{repo_id}@{commit}", flush=True)  # whatever our rank
     if missing:
-        say(f"not whole  {say_missing(missing, counts, output.share.count)}")
+        print(f"not whole  {say_missing(missing, counts, output.share.count)}", flush=True)
     return None if missing else pushed
 
 
@@ -175,6 +175,8 @@ def push_only(text: str | None, *, public: bool, overwrite: bool, flag: str = "-
             f"--push_only finds no whole output in {output.folder}{begun}: run the command without --push_only."
         )
     shard_files(output.folder, flag)
+    if not is_main():
+        return output.folder
     prepare_delivery(output, provenance["identity"], public=public, overwrite=overwrite, flag=flag)
     say(f"pushed: {deliver(output, flag=flag)}")
     return output.folder

@@ -59,6 +59,7 @@ def _open_hub(ref: Ref, split: str | None, flag: str) -> Source:
         missing = lacking(counts, shards_among(Path(name).name for name in names))
         lacks = say_missing(missing, counts, remote.num_jobs(names)) if missing else "it lacks only its card"
         raise BadUse(f"{flag} {ref.text} is not whole yet: {lacks}; run the commands that write them.")
+    hub.check_access(str(ref.repo_id), "dataset", flag=flag)
     return _open_foreign(ref, str(ref.repo_id), split, flag, revision=commit, fingerprint=commit)
 
 
@@ -107,9 +108,11 @@ def _open_foreign(
 
     try:
         with hub.explained(location, "dataset", flag):
-            loaded = datasets.load_dataset(location, revision=revision)
-    except (ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise BadUse(f"{flag} {ref.text} can't be read as a dataset: {str(error).splitlines()[0]}") from error
+            config = _choose_config(ref, location, revision, flag)
+            loaded = datasets.load_dataset(location, config, revision=revision)
+    except (ValueError, datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
+        cause = error.__cause__ or error
+        raise BadUse(f"{flag} {ref.text} can't be read as a dataset: {str(cause).splitlines()[0]}") from error
     name = _choose_split(tuple(loaded), split, ref.text, flag)
     data = loaded[name].with_format("arrow")
 
@@ -121,6 +124,28 @@ def _open_foreign(
     return make_source(
         ref, name, tuple(loaded), tuple(data.column_names), len(data), fingerprint, None, None, tables
     )  # fmt: skip
+
+
+def _choose_config(ref: Ref, location: str, revision: str | None, flag: str) -> str:
+    """The configuration that the reference names, the only one, or the default one. Raises BadUse listing them."""
+    import datasets
+
+    names = datasets.get_dataset_config_names(location, revision=revision)
+    if ref.config is None and len(names) > 1:
+        default = datasets.get_dataset_default_config_name(location, revision=revision)
+        if default is None:
+            raise BadUse(
+                f"{flag} {ref.text} has several configurations ({_some(names)}): choose one, as in "
+                f"{ref.text.partition('@')[0]}:{names[0]}."
+            )
+        return str(default)
+    if ref.config is not None and ref.config not in names:
+        raise BadUse(f"{flag} {ref.text} has no configuration {ref.config}; it has {_some(names)}.")
+    return ref.config or str(names[0])
+
+
+def _some(names: Sequence[str], limit: int = 12) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _choose_split(splits: tuple[str, ...], wanted: str | None, text: str, flag: str) -> str:

@@ -16,12 +16,15 @@ HUB_MIRROR = Path(RUNS, "hub")
 
 @dataclass(frozen=True)
 class Ref:
-    """A repo reference: a local path, or a Hub id with an optional revision."""
+    """A repo reference: a local path, or a Hub id with an optional revision; of a dataset made elsewhere perhaps one
+    of its configurations.
+    """
 
     text: str
     path: Path | None = None
     repo_id: str | None = None
     revision: str | None = None
+    config: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -29,9 +32,10 @@ class Ref:
         return self.path if self.path is not None else HUB_MIRROR / str(self.repo_id)
 
     def __str__(self) -> str:
+        config = f":{self.config}" if self.config else ""
         if self.path is not None:
-            return str(self.path)
-        return f"hf://{self.repo_id}" + (f"@{self.revision}" if self.revision else "")
+            return f"{self.path}{config}"
+        return f"hf://{self.repo_id}{config}" + (f"@{self.revision}" if self.revision else "")
 
 
 def parse_ref(text: str, *, flag: str, output: bool = False) -> Ref:
@@ -42,7 +46,7 @@ def parse_ref(text: str, *, flag: str, output: bool = False) -> Ref:
     """
     if text.startswith("hf://"):
         return _hub_ref(text, text.removeprefix("hf://").removeprefix("datasets/"), flag)
-    path = Path(text).expanduser()
+    path, config = _split_config(text, output)
     parts = [part for part in text.partition("@")[0].split("/") if part]
     local_parent = parts and (parts[0] == RUNS or (output and Path(parts[0]).is_dir()))
     if (
@@ -50,16 +54,26 @@ def parse_ref(text: str, *, flag: str, output: bool = False) -> Ref:
         or path.exists()
         or len(parts) > 2
         or (len(parts) == 2 and local_parent)
+        or config is not None
     ):
-        return Ref(text, path=path)
+        return Ref(text, path=path, config=config)
     return _hub_ref(text, text, flag)
 
 
+def _split_config(text: str, output: bool) -> tuple[Path, str | None]:
+    """(path, configuration) of a local name: ./a:b is configuration b of ./a if no ./a:b is there and ./a is."""
+    path = Path(text).expanduser()
+    before, colon, config = text.rpartition(":")
+    if colon and not output and not path.exists() and Path(before).expanduser().is_dir():
+        return Path(before).expanduser(), config
+    return path, None
+
+
 def _hub_ref(text: str, name: str, flag: str) -> Ref:
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:@([\w./-]+))?", name)
     if match is None:
         raise BadUse(f"{flag} {text} is neither a local folder nor OWNER/NAME: write ./{name} for a local folder.")
-    return Ref(text, repo_id=match[1], revision=match[2])
+    return Ref(text, repo_id=match[1], revision=match[3], config=match[2])
 
 
 def default_output(source: Ref, suffix: str) -> Ref:
