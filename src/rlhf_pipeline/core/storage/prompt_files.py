@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -36,29 +37,44 @@ def open_file(ref: Ref, flag: str) -> Source:
         )  # fmt: skip
     rows = _read_rows(path, flag)
     names = tuple(dict.fromkeys(name for row in rows for name in row))
+    read = functools.cache(functools.partial(_column, ref, rows, flag=flag))
 
     def tables(columns: Sequence[str], size: int, start: int, stop: int) -> Iterator[pa.Table]:
         import pyarrow as pa
 
+        whole = pa.table({name: read(name) for name in columns})
         for low in range(start, stop, size):
-            chosen = [{name: row.get(name) for name in columns} for row in rows[low : min(low + size, stop)]]
-            try:
-                yield pa.Table.from_pylist(chosen)
-            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-                raise BadUse(f"{flag} {ref.text} mixes kinds of values in one column: {error}") from error
+            yield whole.slice(low, min(size, stop - low))
 
     source = make_source(ref, "train", ("train",), names, len(rows), sha256_of([path]), None, None, tables)
     return replace(source, plain=rows)
+
+
+def _column(ref: Ref, rows: Sequence[dict[str, Any]], name: str, *, flag: str) -> pa.Array:
+    """All of a column, so that a piece of it in which all is null is of the same type as the others."""
+    import pyarrow as pa
+
+    try:
+        return pa.array([row.get(name) for row in rows])
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise BadUse(f"{flag} {ref.text} mixes kinds of values in its column {name}: {error}") from error
 
 
 def _read_rows(path: Path, flag: str) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8", newline="") as file:
         try:
             if path.suffix == ".csv":
-                return list(csv.DictReader(file))
+                return _read_csv(path, csv.DictReader(file), flag)
             rows = json.load(file) if path.suffix == ".json" else [json.loads(line) for line in file if line.strip()]
         except json.JSONDecodeError as error:
             raise BadUse(f"{flag} {path} is not valid JSON: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise BadUse(f'{flag} {path} is not a list of objects; expected rows such as {{"prompt": "..."}}.')
+    return rows
+
+
+def _read_csv(path: Path, reader: csv.DictReader[str], flag: str) -> list[dict[str, Any]]:
+    rows = list(reader)
+    if any(None in row for row in rows):  # where DictReader puts fields without a name
+        raise BadUse(f"{flag} {path} has a row of more fields than its header: put text with commas in quotes.")
     return rows
