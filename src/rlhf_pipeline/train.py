@@ -171,6 +171,8 @@ NOT_PUSHED = ("reference/*", "checkpoints/*", "tensorboard/*", "wandb/*", "metri
 LOSSES = ("rebel", "dpo", "ipo", "simpo", "kto", "orpo", "sppo")
 PLACES = ("input_repo", "output_dir", "base_model", "chat_template")
 """Fields that name things: what they hold counts, by its fingerprint, not what they are called."""
+SATURATED = 0.1
+"""A log_ratio_gap below this share of what REBEL asks for is far from it: its loss is nearly linear there."""
 PROMPTS_RENDERED = 16
 """Prompts of a dataset made elsewhere that are rendered again."""
 
@@ -501,9 +503,23 @@ def watch(pairs: Pairs, values: torch.Tensor) -> torch.Tensor:
 
 def means(sums: torch.Tensor, pairs: int, loss: Loss) -> dict[str, float]:
     numbers = {name: value / pairs for name, value in zip(WATCHED, sums.tolist(), strict=True)}
+    if loss.needs_reference:
+        numbers["kl"] = -(numbers["chosen_log_ratio"] + numbers["rejected_log_ratio"]) / 2
     if isinstance(loss, Rebel):
         numbers["target_gap"] = loss.eta * numbers["reward_margin"]
     return numbers
+
+
+def judge_target(numbers: dict[str, float]) -> str | None:
+    """Whether REBEL asked for a gap that can be reached, judged by its last update; None for another loss."""
+    if "target_gap" not in numbers:
+        return None
+    asked, found = numbers["target_gap"], numbers["log_ratio_gap"]
+    saturated = found < asked * SATURATED
+    meaning = (
+        "saturated: the learning rate alone sets the pace" if saturated else "reachable: eta holds the policy back"
+    )
+    return f"eta x margin asks for {asked:.4g} nats, the log_ratio_gap is {found:.4g}, {meaning}"
 
 
 def evaluate(engine: Engine, split: Split, plan: Plan, config: Config, loss: Loss) -> dict[str, float]:
@@ -555,6 +571,8 @@ def main(config: Config) -> Path:
         loss = resolve_loss(config, plan.train.margins())
         splits = with_reference(engine, plan, config, loss)
         train_policy(engine, plan, config, loss, splits)
+        if told := judge_target(read_metrics(folder / "metrics.jsonl")[-1]):
+            say(f"target     {told}")
         save(engine, plan, config, loss)
         say(f"done in {duration(time.monotonic() - started)}: {folder}")
         clean_exit(engine.accelerator, lambda: push(config))
@@ -641,6 +659,8 @@ def describe_policy(accelerator: Accelerator, plan: Plan, config: Config, loss: 
 def policy_card(made: dict[str, Any], plan: Plan, folder: Path) -> str:
     last = read_metrics(folder / "metrics.jsonl")[-1]
     facts = {"loss": made["loss"], "temperature": made["temperature"], "after the last update": last}
+    if told := judge_target(last):
+        facts["target"] = told
     return provenance.model_card(title=f"Policy trained from {plan.model.text}", provenance=made, facts=facts)
 
 
