@@ -47,8 +47,8 @@ from rlhf_pipeline.core.training.distributed import (
     load_dtype,
     main_process_first,
     make_accelerator,
+    make_engine,
     one_update,
-    say_launch,
     sum_over_ranks,
 )
 from rlhf_pipeline.core.training.lora import Lora
@@ -64,7 +64,7 @@ from rlhf_pipeline.core.training.losses import (
     Sppo,
     with_sft_term,
 )
-from rlhf_pipeline.core.training.optim import OptimizerName, learning_rate, make_optimizer, set_learning_rate
+from rlhf_pipeline.core.training.optim import OptimizerName, count_updates, learning_rate, set_learning_rate
 from rlhf_pipeline.core.training.pairs import PairData, load_pairs
 from rlhf_pipeline.core.training.passes import (
     Limits,
@@ -232,7 +232,7 @@ def make_plan(config: Config) -> Plan:
     check_same_prompts(source, train, chat)
     if config.reference_from_input:
         check_given_reference(config, source, [train, *([test] if test else [])])
-    updates, left_over = count_updates(len(train), config)
+    updates, left_over = updates_of(len(train), config)
     temperature, temperature_from = choose_temperature(config, source)
     adapters = None
     if config.lora.r is not None:
@@ -309,17 +309,12 @@ def choose_temperature(config: Config, source: storage.Source) -> tuple[float, s
     return TUTORIAL_TEMPERATURE, "the tutorial (the pairs don't say)"
 
 
-def count_updates(pairs: int, config: Config) -> tuple[int, int]:
+def updates_of(pairs: int, config: Config) -> tuple[int, int]:
     """(updates, pairs in the incomplete last one, which is dropped). Raises BadUse for fewer pairs than one update."""
     seen = int(pairs * config.epochs)
     if config.total_episodes is not None:
         seen = min(seen, config.total_episodes)
-    if seen < config.batch_size:
-        raise BadUse(
-            f"{config.input_repo} gives {seen} pairs, fewer than one update of {config.batch_size}: "
-            f"pass --batch_size {max(1, seen)} or less, or more pairs."
-        )
-    return seen // config.batch_size, seen % config.batch_size
+    return count_updates(seen, config.batch_size, f"{config.input_repo} gives {seen} pairs")
 
 
 def print_plan(plan: Plan, config: Config) -> None:
@@ -355,7 +350,7 @@ def check_pending(config: Config, pending: dict[str, int]) -> None:
     if config.base_model not in pending:
         models.resolve_model(config.base_model, flag="--base_model", chat_template=True)
     if config.input_repo in pending:
-        updates, _ = count_updates(pending[config.input_repo], config)
+        updates, _ = updates_of(pending[config.input_repo], config)
         say(f"pairs      {config.input_repo}: pending, at most {pending[config.input_repo]:,}, {updates} updates")
     else:
         storage.open_source(config.input_repo, flag="--input_repo")
@@ -603,17 +598,16 @@ def load(accelerator: Accelerator, plan: Plan, config: Config) -> Engine:
         model = lora.attach(model, config.lora, seed=config.seed, float32=not is_deepspeed(accelerator))
         torch.manual_seed(config.seed + accelerator.process_index)  # of its dropout
     install(model)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    optimizer = make_optimizer(
-        model.parameters(),
+    return make_engine(
+        accelerator,
+        model,
+        attention,
+        gradient_checkpointing=config.gradient_checkpointing,
         lr=config.lr,
         eps=config.eps,
         weight_decay=config.weight_decay,
         kind=config.optimizer,
     )
-    say_launch(accelerator, attention)
-    return Engine(accelerator, *accelerator.prepare(model, optimizer))
 
 
 def save(engine: Engine, plan: Plan, config: Config, loss: Loss) -> None:

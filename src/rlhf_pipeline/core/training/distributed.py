@@ -18,6 +18,7 @@ import torch
 from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.files import read_json
 from rlhf_pipeline.core.progress import say
+from rlhf_pipeline.core.training.optim import make_optimizer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -180,6 +181,17 @@ def _configure_deepspeed(accelerator: Accelerator, max_grad_norm: float | None) 
     config["train_micro_batch_size_per_gpu"] = 1
     config["gradient_clipping"] = max_grad_norm or 0.0
     config["data_types"] = {"grad_accum_dtype": "fp32"}
+
+
+def make_engine(
+    accelerator: Accelerator, model: Any, attention: str, *, gradient_checkpointing: bool, **optimizer: Any
+) -> Engine:
+    """`model` with an optimizer (`make_optimizer`'s settings) on what of it is trained, ready for this launch."""
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    stepping = make_optimizer(model.parameters(), **optimizer)
+    say_launch(accelerator, attention)
+    return Engine(accelerator, *accelerator.prepare(model, stepping))
 
 
 def one_update(
