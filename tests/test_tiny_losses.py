@@ -25,7 +25,7 @@ SCRIPT = REPO / "scripts" / "tiny_losses.sh"
 def run(folder: Path, environment: dict[str, str], **options: str) -> list[str]:
     """The lines that the script prints."""
     env = {**environment, "RUN": str(folder), **options}
-    ended = subprocess.run([str(SCRIPT)], env=env, capture_output=True, text=True, timeout=900)
+    ended = subprocess.run([str(SCRIPT)], env=env, capture_output=True, text=True, timeout=700)
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
     return ended.stdout.splitlines()
 
@@ -66,7 +66,7 @@ def test_a_loss_has_the_mean_of_its_seeds_and_students_interval(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_a_small_comparison_runs_and_does_nothing_the_second_time(tmp_path, command_environment):
     small = {"PYTHON": sys.executable, "SIZE": "ci", "LOSSES": "rebel simpo", "SEEDS": "1"}
     first = run(tmp_path / "losses", command_environment, **small)

@@ -130,7 +130,7 @@ class Config:
     reference_from_input: What[bool] = False
     """Take the reference log-probs that the pairs bring as chosen_logp (chosen_logprob) instead of computing them."""
     seed: What[int] = 555134
-    """Decides the order of the pairs."""
+    """Decides the order of the pairs, and where adapters begin."""
 
     per_device_train_batch_size: How[int | None] = None
     """At most this many pairs in one engine call; None leaves it to --micro_batch_tokens."""
