@@ -41,11 +41,11 @@ from rlhf_pipeline.core.training.distributed import (
     load_dtype,
     main_process_first,
     make_accelerator,
+    make_engine,
     one_update,
-    say_launch,
     sum_over_ranks,
 )
-from rlhf_pipeline.core.training.optim import learning_rate, make_optimizer, set_learning_rate
+from rlhf_pipeline.core.training.optim import count_updates, learning_rate, set_learning_rate
 from rlhf_pipeline.core.training.pairs import PairData, load_comparisons
 from rlhf_pipeline.core.training.passes import Limits, pair_batch, split_pass
 
@@ -131,12 +131,8 @@ def make_plan(config: Config) -> Plan:
     if "test" in source.splits:
         held_out = storage.open_source(config.input_repo, flag="--input_repo", split="test")
         test = without_equal(load_comparisons(held_out, chat), source.name, config.drop_equal)
-    updates = int(len(train) * config.epochs) // config.batch_size
-    if updates == 0:
-        raise BadUse(
-            f"{config.input_repo} gives {int(len(train) * config.epochs)} pairs, fewer than one update of "
-            f"{config.batch_size}: pass --batch_size {len(train)} or less, or more pairs."
-        )
+    seen = int(len(train) * config.epochs)
+    updates, _ = count_updates(seen, config.batch_size, f"{config.input_repo} gives {seen} pairs")
     what = {name: value for name, value in what_fields(config).items() if name not in PLACES}
     inputs = {"pairs": source.fingerprint, "model": models.fingerprint(model)}
     identity = {"command": "reward", "what": what, "inputs": inputs}
@@ -326,11 +322,14 @@ def load(accelerator: Accelerator, start: Path, config: Config) -> Engine:
         config.attn_implementation, models.load_config(start), half_precision=accelerator.mixed_precision == "bf16"
     )
     model = load_reward_model(start, dtype=load_dtype(accelerator), attn_implementation=attention)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    optimizer = make_optimizer(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    say_launch(accelerator, attention)
-    return Engine(accelerator, *accelerator.prepare(model, optimizer))
+    return make_engine(
+        accelerator,
+        model,
+        attention,
+        gradient_checkpointing=config.gradient_checkpointing,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+    )
 
 
 def save(engine: Engine, start: Path, plan: Plan, config: Config, offset: float, report: dict[str, Any]) -> None:

@@ -37,11 +37,11 @@ from rlhf_pipeline.core.training.distributed import (
     load_dtype,
     main_process_first,
     make_accelerator,
+    make_engine,
     one_update,
-    say_launch,
     sum_over_ranks,
 )
-from rlhf_pipeline.core.training.optim import learning_rate, make_optimizer, set_learning_rate
+from rlhf_pipeline.core.training.optim import count_updates, learning_rate, set_learning_rate
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -123,12 +123,8 @@ def make_plan(config: Config) -> Plan:
     chat = Chat.load(str(model.folder), chat_template=config.chat_template)
     source = storage.open_source(config.input_repo, flag="--input_repo", split=config.split)
     data = load_demonstrations(source, chat, max_length=config.max_length, every_turn=config.every_turn)
-    updates = int(len(data) * config.epochs) // config.batch_size
-    if updates == 0:
-        raise BadUse(
-            f"{config.input_repo} gives {int(len(data) * config.epochs)} demonstrations, fewer than one update of "
-            f"{config.batch_size}: pass --batch_size {len(data)} or less, or more demonstrations."
-        )
+    seen = int(len(data) * config.epochs)
+    updates, _ = count_updates(seen, config.batch_size, f"{config.input_repo} gives {seen} demonstrations")
     what = {name: value for name, value in what_fields(config).items() if name not in PLACES}
     inputs = {
         "demonstrations": source.fingerprint,
@@ -269,11 +265,14 @@ def load(accelerator: Accelerator, start: Path, config: Config) -> Engine:
     )
     model = models.load_policy(start, dtype=load_dtype(accelerator), attn_implementation=attention)
     install(model)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    optimizer = make_optimizer(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    say_launch(accelerator, attention)
-    return Engine(accelerator, *accelerator.prepare(model, optimizer))
+    return make_engine(
+        accelerator,
+        model,
+        attention,
+        gradient_checkpointing=config.gradient_checkpointing,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+    )
 
 
 def save(engine: Engine, start: Path, plan: Plan, config: Config) -> None:

@@ -47,8 +47,8 @@ from rlhf_pipeline.core.training.distributed import (
     load_dtype,
     main_process_first,
     make_accelerator,
+    make_engine,
     one_update,
-    say_launch,
     sum_over_ranks,
 )
 from rlhf_pipeline.core.training.lora import Lora
@@ -64,7 +64,7 @@ from rlhf_pipeline.core.training.losses import (
     Sppo,
     with_sft_term,
 )
-from rlhf_pipeline.core.training.optim import OptimizerName, learning_rate, make_optimizer, set_learning_rate
+from rlhf_pipeline.core.training.optim import OptimizerName, count_updates, learning_rate, set_learning_rate
 from rlhf_pipeline.core.training.pairs import PairData, load_pairs
 from rlhf_pipeline.core.training.passes import (
     Limits,
@@ -130,7 +130,7 @@ class Config:
     reference_from_input: What[bool] = False
     """Take the reference log-probs that the pairs bring as chosen_logp (chosen_logprob) instead of computing them."""
     seed: What[int] = 555134
-    """Decides the order of the pairs."""
+    """Decides the order of the pairs, and where adapters begin."""
 
     per_device_train_batch_size: How[int | None] = None
     """At most this many pairs in one engine call; None leaves it to --micro_batch_tokens."""
@@ -171,6 +171,8 @@ NOT_PUSHED = ("reference/*", "checkpoints/*", "tensorboard/*", "wandb/*", "metri
 LOSSES = ("rebel", "dpo", "ipo", "simpo", "kto", "orpo", "sppo")
 PLACES = ("input_repo", "output_dir", "base_model", "chat_template")
 """Fields that name things: what they hold counts, by its fingerprint, not what they are called."""
+SATURATED = 0.1
+"""A log_ratio_gap below this share of what REBEL asks for is far from it: its loss is nearly linear there."""
 PROMPTS_RENDERED = 16
 """Prompts of a dataset made elsewhere that are rendered again."""
 
@@ -230,7 +232,7 @@ def make_plan(config: Config) -> Plan:
     check_same_prompts(source, train, chat)
     if config.reference_from_input:
         check_given_reference(config, source, [train, *([test] if test else [])])
-    updates, left_over = count_updates(len(train), config)
+    updates, left_over = updates_of(len(train), config)
     temperature, temperature_from = choose_temperature(config, source)
     adapters = None
     if config.lora.r is not None:
@@ -307,17 +309,12 @@ def choose_temperature(config: Config, source: storage.Source) -> tuple[float, s
     return TUTORIAL_TEMPERATURE, "the tutorial (the pairs don't say)"
 
 
-def count_updates(pairs: int, config: Config) -> tuple[int, int]:
+def updates_of(pairs: int, config: Config) -> tuple[int, int]:
     """(updates, pairs in the incomplete last one, which is dropped). Raises BadUse for fewer pairs than one update."""
     seen = int(pairs * config.epochs)
     if config.total_episodes is not None:
         seen = min(seen, config.total_episodes)
-    if seen < config.batch_size:
-        raise BadUse(
-            f"{config.input_repo} gives {seen} pairs, fewer than one update of {config.batch_size}: "
-            f"pass --batch_size {max(1, seen)} or less, or more pairs."
-        )
-    return seen // config.batch_size, seen % config.batch_size
+    return count_updates(seen, config.batch_size, f"{config.input_repo} gives {seen} pairs")
 
 
 def print_plan(plan: Plan, config: Config) -> None:
@@ -353,7 +350,7 @@ def check_pending(config: Config, pending: dict[str, int]) -> None:
     if config.base_model not in pending:
         models.resolve_model(config.base_model, flag="--base_model", chat_template=True)
     if config.input_repo in pending:
-        updates, _ = count_updates(pending[config.input_repo], config)
+        updates, _ = updates_of(pending[config.input_repo], config)
         say(f"pairs      {config.input_repo}: pending, at most {pending[config.input_repo]:,}, {updates} updates")
     else:
         storage.open_source(config.input_repo, flag="--input_repo")
@@ -501,9 +498,23 @@ def watch(pairs: Pairs, values: torch.Tensor) -> torch.Tensor:
 
 def means(sums: torch.Tensor, pairs: int, loss: Loss) -> dict[str, float]:
     numbers = {name: value / pairs for name, value in zip(WATCHED, sums.tolist(), strict=True)}
+    if loss.needs_reference:
+        numbers["kl"] = -(numbers["chosen_log_ratio"] + numbers["rejected_log_ratio"]) / 2
     if isinstance(loss, Rebel):
         numbers["target_gap"] = loss.eta * numbers["reward_margin"]
     return numbers
+
+
+def judge_target(numbers: dict[str, float]) -> str | None:
+    """Whether REBEL asked for a gap that can be reached, judged by its last update; None for another loss."""
+    if "target_gap" not in numbers:
+        return None
+    asked, found = numbers["target_gap"], numbers["log_ratio_gap"]
+    saturated = found < asked * SATURATED
+    meaning = (
+        "saturated: the learning rate alone sets the pace" if saturated else "reachable: eta holds the policy back"
+    )
+    return f"eta x margin asks for {asked:.4g} nats, the log_ratio_gap is {found:.4g}, {meaning}"
 
 
 def evaluate(engine: Engine, split: Split, plan: Plan, config: Config, loss: Loss) -> dict[str, float]:
@@ -555,6 +566,8 @@ def main(config: Config) -> Path:
         loss = resolve_loss(config, plan.train.margins())
         splits = with_reference(engine, plan, config, loss)
         train_policy(engine, plan, config, loss, splits)
+        if told := judge_target(read_metrics(folder / "metrics.jsonl")[-1]):
+            say(f"target     {told}")
         save(engine, plan, config, loss)
         say(f"done in {duration(time.monotonic() - started)}: {folder}")
         clean_exit(engine.accelerator, lambda: push(config))
@@ -585,17 +598,16 @@ def load(accelerator: Accelerator, plan: Plan, config: Config) -> Engine:
         model = lora.attach(model, config.lora, seed=config.seed, float32=not is_deepspeed(accelerator))
         torch.manual_seed(config.seed + accelerator.process_index)  # of its dropout
     install(model)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    optimizer = make_optimizer(
-        model.parameters(),
+    return make_engine(
+        accelerator,
+        model,
+        attention,
+        gradient_checkpointing=config.gradient_checkpointing,
         lr=config.lr,
         eps=config.eps,
         weight_decay=config.weight_decay,
         kind=config.optimizer,
     )
-    say_launch(accelerator, attention)
-    return Engine(accelerator, *accelerator.prepare(model, optimizer))
 
 
 def save(engine: Engine, plan: Plan, config: Config, loss: Loss) -> None:
@@ -641,6 +653,8 @@ def describe_policy(accelerator: Accelerator, plan: Plan, config: Config, loss: 
 def policy_card(made: dict[str, Any], plan: Plan, folder: Path) -> str:
     last = read_metrics(folder / "metrics.jsonl")[-1]
     facts = {"loss": made["loss"], "temperature": made["temperature"], "after the last update": last}
+    if told := judge_target(last):
+        facts["target"] = told
     return provenance.model_card(title=f"Policy trained from {plan.model.text}", provenance=made, facts=facts)
 
 

@@ -87,6 +87,18 @@ def test_the_first_update_moves_the_gap_towards_the_margin(here):
     assert metrics[1]["loss"] < metrics[0]["loss"]
 
 
+def test_a_target_is_called_reachable_or_saturated(here, capsys):
+    """3 nats are within reach at this learning rate. The authors' eta asks for a million times the margin."""
+    folder, metrics = here("near", warmup_ratio=0.0, epochs=4.0)
+    assert metrics[-1]["kl"] == pytest.approx(
+        -(metrics[-1]["chosen_log_ratio"] + metrics[-1]["rejected_log_ratio"]) / 2
+    )
+    assert "reachable: eta holds the policy back" in capsys.readouterr().out
+    assert "reachable" in (folder / "README.md").read_text()
+    here("far", warmup_ratio=0.0, rebel=Rebel())
+    assert "saturated: the learning rate alone sets the pace" in capsys.readouterr().out
+
+
 def test_cutting_an_update_into_micro_batches_does_not_change_it(here):
     """One pair a call, all pairs in one call, and a budget of 200 tokens: the same losses and gradient norms."""
     runs = [

@@ -281,6 +281,15 @@ def test_unsynchronised_launches_are_refused(start, arguments, tmp_path):
     assert "would not share gradients" in output
 
 
+def test_clipping_that_a_launch_config_sets_otherwise_is_refused(start, arguments, tmp_path):
+    """DeepSpeed would clip at the config's 1.0, whatever --max_grad_norm says."""
+    launch = [*ACCELERATE, *ZERO_3, "--gradient_clipping", "1.0", *arguments, "--output_dir", str(tmp_path / "p")]
+    process = start(launch)
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode != 0
+    assert "the accelerate config sets gradient_clipping to 1.0, --max_grad_norm is None: remove it there" in output
+
+
 def test_50_bf16_updates_at_the_tutorials_learning_rate_move_most_master_weights(start, tmp_path):
     """DeepSpeed steps float32 master weights: at lr 3e-7 more than half of them have moved after 50 updates, though
     hardly any of their bf16 copies could have."""

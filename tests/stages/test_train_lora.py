@@ -62,7 +62,8 @@ def test_the_policy_is_the_base_with_the_adapter_put_in_and_peft_loads_the_adapt
     folder, metrics = here(warmup_ratio=0.0, epochs=3.0)
     start, whole = weights(tiny_policy), weights(folder)
     moved = {name: whole[name] - start[name] for name in start if not torch.equal(whole[name], start[name])}
-    assert len(moved) == 14 and all(name.endswith("_proj.weight") for name in moved)
+    assert whole.keys() == start.keys() and len(moved) == 14
+    assert all(name.endswith("_proj.weight") for name in moved)
     assert {int(torch.linalg.matrix_rank(delta, rtol=1e-3)) for delta in moved.values()} == {4}
 
     ids = torch.arange(20)[None]

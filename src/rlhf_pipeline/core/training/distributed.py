@@ -18,6 +18,7 @@ import torch
 from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.files import read_json
 from rlhf_pipeline.core.progress import say
+from rlhf_pipeline.core.training.optim import make_optimizer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -85,16 +86,12 @@ def check_accumulation(batch_size: int, per_device: int | None, steps: int | Non
 
     The plan of an update decides how often gradients are added up; what others say of it is only checked.
     """
-    said = {"--gradient_accumulation_steps": steps}
-    said["gradient_accumulation_steps of the accelerate config"] = _number("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
-    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if path != "none":
-        there = (read_json(Path(path)) or {}).get("gradient_accumulation_steps")
-        said[f"gradient_accumulation_steps of {path}"] = there if isinstance(there, int) else None
+    said = {} if steps is None else {"--gradient_accumulation_steps": steps}
+    for where, value in _said_by_launch("gradient_accumulation_steps").items():
+        if value != "1":  # what a config says by default
+            said[f"gradient_accumulation_steps of {where}"] = int(value)
     world, each = promised_world_size(), per_device or 1
     for name, count in said.items():
-        if count is None or (count == 1 and not name.startswith("--")):  # 1 is what a config says by default
-            continue
         if count * each * world != batch_size:
             raise BadUse(
                 f"{name} {count} x {each} pairs x {world} processes is {count * each * world}, --batch_size is "
@@ -102,9 +99,13 @@ def check_accumulation(batch_size: int, per_device: int | None, steps: int | Non
             )
 
 
-def _number(variable: str) -> int | None:
-    value = os.environ.get(variable, "")
-    return int(value) if value.isdigit() else None
+def _said_by_launch(key: str) -> dict[str, str]:
+    """{where: value} of what the launch's own configs say of `key`."""
+    said = {"the accelerate config": os.environ.get(f"ACCELERATE_{key.upper()}")}
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if path != "none":
+        said[path] = (read_json(Path(path)) or {}).get(key)
+    return {where: str(value) for where, value in said.items() if str(value).lower() not in ("auto", "none")}
 
 
 def is_deepspeed(accelerator: Accelerator) -> bool:
@@ -169,17 +170,28 @@ def _check_launch(accelerator: Accelerator) -> None:
 
 def _configure_deepspeed(accelerator: Accelerator, max_grad_norm: float | None) -> None:
     """Hand DeepSpeed its numbers directly: through accelerate a clipping of 0 becomes 1.0, and yaml wins over code."""
-    clipping = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "auto")
-    if clipping not in ("auto", "none", "None") and float(clipping) != (max_grad_norm or 0.0):
-        raise BadUse(
-            f"the accelerate config sets gradient_clipping to {clipping}, --max_grad_norm is {max_grad_norm}: "
-            "remove it from the config; --max_grad_norm decides."
-        )
+    for where, clipping in _said_by_launch("gradient_clipping").items():
+        if float(clipping) != (max_grad_norm or 0.0):
+            raise BadUse(
+                f"{where} sets gradient_clipping to {clipping}, --max_grad_norm is {max_grad_norm}: remove it there; "
+                "--max_grad_norm decides."
+            )
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     config["gradient_accumulation_steps"] = 1  # our micro-batches set the boundary themselves
     config["train_micro_batch_size_per_gpu"] = 1
     config["gradient_clipping"] = max_grad_norm or 0.0
     config["data_types"] = {"grad_accum_dtype": "fp32"}
+
+
+def make_engine(
+    accelerator: Accelerator, model: Any, attention: str, *, gradient_checkpointing: bool, **optimizer: Any
+) -> Engine:
+    """`model` with an optimizer (`make_optimizer`'s settings) on what of it is trained, ready for this launch."""
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    stepping = make_optimizer(model.parameters(), **optimizer)
+    say_launch(accelerator, attention)
+    return Engine(accelerator, *accelerator.prepare(model, stepping))
 
 
 def one_update(

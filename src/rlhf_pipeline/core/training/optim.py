@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 
+from rlhf_pipeline.core.command import BadUse
+
 OptimizerName = Literal["adamw", "adam"]
 Schedule = Literal["cosine", "constant"]
 
@@ -30,6 +32,18 @@ def make_optimizer(
     if kind == "adam":
         return torch.optim.Adam(trainable, lr=lr, betas=betas, eps=eps)
     return torch.optim.AdamW(trainable, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+def count_updates(seen: int, batch_size: int, what: str) -> tuple[int, int]:
+    """(whole updates of `seen` rows, rows in the incomplete last one, which is dropped).
+
+    Raises BadUse for fewer rows than one update; `what` is the beginning of its sentence.
+    """
+    if seen < batch_size:
+        raise BadUse(
+            f"{what}, fewer than one update of {batch_size}: pass --batch_size {max(1, seen)} or less, or more data."
+        )
+    return seen // batch_size, seen % batch_size
 
 
 def learning_rate(
