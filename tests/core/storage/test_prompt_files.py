@@ -1,0 +1,86 @@
+"""Prompts from one file, of every kind."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rlhf_pipeline.core.command import BadUse
+from rlhf_pipeline.core.storage import open_source
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_prompts_are_read_from_a_file(tmp_path, suffix):
+    rows = [{"prompt": "Say hello.", "category": "greet"}, {"prompt": "Count to 3.", "category": "count"}]
+    path = tmp_path / f"prompts{suffix}"
+    if suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif suffix == ".csv":
+        path.write_text("prompt,category\nSay hello.,greet\nCount to 3.,count\n")
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    assert list(open_source(str(path), flag="--prompts").rows()) == rows
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_a_column_that_is_null_for_a_thousand_rows_and_text_afterwards_is_one_column_of_text(tmp_path, suffix):
+    """Tables come in pieces of 1,000 rows; each alone would make its own kind of the column."""
+    rows = [{"prompt": f"p{i}", "category": None if i < 1500 else "late", "n": i} for i in range(2500)]
+    path = tmp_path / f"prompts{suffix}"
+    path.write_text(json.dumps(rows) if suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows))
+    source = open_source(str(path), flag="--prompts")
+    whole = pa.concat_tables(source.tables())
+    assert whole.schema.field("category").type == pa.string()
+    assert whole.to_pylist() == rows
+    assert pa.concat_tables(source.tables(["category"], start=900, stop=1600)).to_pylist() == [
+        {"category": row["category"]} for row in rows[900:1600]
+    ]
+
+
+def test_a_csv_with_short_rows_gives_nulls_and_with_long_ones_is_refused(tmp_path):
+    (tmp_path / "p.csv").write_text("prompt,category\nhello\nbye,x\n")
+    rows = pa.concat_tables(open_source(str(tmp_path / "p.csv"), flag="--prompts").tables()).to_pylist()
+    assert rows == [{"prompt": "hello", "category": None}, {"prompt": "bye", "category": "x"}]
+    (tmp_path / "long.csv").write_text("prompt,category\nhello, world, again\n")
+    with pytest.raises(BadUse, match=r"--prompts .*long\.csv has a row of more fields than its header"):
+        open_source(str(tmp_path / "long.csv"), flag="--prompts")
+
+
+def test_a_column_of_mixed_kinds_is_refused_by_its_name_where_a_table_is_read(tmp_path):
+    rows = [{"prompt": "p", "n": 1}] * 1200 + [{"prompt": "p", "n": "one"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = open_source(str(tmp_path / "p.jsonl"), flag="--prompts")
+    with pytest.raises(BadUse, match=r"--prompts .*p\.jsonl mixes kinds of values in its column n"):
+        list(source.tables())
+    assert len(pa.concat_tables(source.tables(["prompt"]))) == 1201
+    assert sum(1 for _ in source.rows()) == 1201
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_generate_reads_every_kind_of_prompt_file(capsys, tiny_policy, tmp_path, suffix):
+    """--check through the command, and the prompts as generate has them: the same from every kind of file."""
+    from rlhf_pipeline import generate
+    from rlhf_pipeline.core.chat import Chat
+    from rlhf_pipeline.core.command import parse
+    from rlhf_pipeline.core.generation import prompts
+
+    rows = [
+        {"prompt_id": f"p{i}", "prompt": f"Say {i}, please.", "category": "late" if i > 1 else None} for i in range(4)
+    ]
+    path = tmp_path / f"prompts{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif suffix == ".csv":
+        lines = [",".join(f'"{row[name] or ""}"' for name in ("prompt_id", "prompt", "category")) for row in rows]
+        path.write_text("\n".join(["prompt_id,prompt,category", *lines]) + "\n")
+    else:
+        path.write_text(json.dumps(rows) if suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--model", tiny_policy, "--prompts", path, "--output_repo", tmp_path / "out", "--backend", "transformers"]
+    generate.main(parse(generate.Config, [*map(str, words), "--check"]))
+    assert "4 of 4 rows, 4 can be answered" in capsys.readouterr().out
+    source = open_source(str(path), flag="--prompts")
+    kept = prompts.prepare(source, Chat.load(tiny_policy), range(4), 128).kept
+    assert [(prompt.prompt_id, prompt.prompt) for prompt in kept] == [(row["prompt_id"], row["prompt"]) for row in rows]

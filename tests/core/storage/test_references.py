@@ -1,0 +1,54 @@
+"""What a reference names."""
+
+from pathlib import Path
+
+import pytest
+
+from rlhf_pipeline.core.command import BadUse
+from rlhf_pipeline.core.storage import default_output, parse_ref
+
+
+@pytest.mark.parametrize(
+    ("text", "local"),
+    [
+        ("./a", True),
+        ("../a/b", True),
+        ("/tmp/x/y", True),
+        ("~/a", True),
+        ("a/b/c", True),
+        ("runs/a", True),
+        ("owner/name", False),
+        ("owner/name@v1.0", False),
+        ("hf://datasets/owner/name", False),
+        ("hf://datasets/runs/name", False),
+    ],
+)
+def test_a_reference_is_local_or_hub_by_its_form(text, local, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert (parse_ref(text, flag="--input_repo").path is not None) == local
+
+
+def test_an_existing_folder_of_two_parts_is_local_and_only_an_output_may_be_new_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data/old").mkdir(parents=True)
+    assert parse_ref("data/old", flag="--input_repo").path is not None
+    assert parse_ref("data/new", flag="--output_repo", output=True).path is not None
+    assert parse_ref("data/new", flag="--input_repo").repo_id == "data/new"
+
+
+def test_one_part_alone_is_refused_and_the_sentence_names_the_local_spelling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadUse, match=r"--output_repo ranked is neither .* write \./ranked"):
+        parse_ref("ranked", flag="--output_repo", output=True)
+
+
+def test_revision_is_kept():
+    ref = parse_ref("owner/name@refs/pr/3", flag="--model")
+    assert (ref.repo_id, ref.revision) == ("owner/name", "refs/pr/3")
+
+
+def test_default_output_lies_beside_a_local_input(tmp_path):
+    assert (
+        default_output(parse_ref(str(tmp_path / "responses"), flag="--x"), "_armo").folder
+        == tmp_path / "responses_armo"
+    )
