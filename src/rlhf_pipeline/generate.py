@@ -424,32 +424,51 @@ def load_model(folder: Path, dtype: str) -> Any:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def open_responses(plan: Plan, config: Config, output: storage.Output) -> Responses:
+    return Responses(
+        output,
+        plan.prompts.kept,
+        num_responses=config.num_responses,
+        seed=config.seed,
+        rows_per_shard=config.rows_per_shard,
+        token_logps=config.token_logps,
+        text_only=isinstance(plan.policy, Endpoint),
+    )
+
+
 def sample_all(plan: Plan, config: Config, responses: Responses) -> None:
     """Sample what is not there yet, in one pass of the engine over all shards."""
-    done = responses.finished
+    done, output = responses.finished, responses.output
     if done == responses.total:
         return
-    output = responses.output
     with contextlib.closing(start_sampler(plan, config, output.folder / JOURNAL / str(output.share))) as sampler:
         output.note(sampler.engine)
-        started, tokens = time.monotonic(), 0
-        with bar(responses.total, "responses", "generate", done=done) as advance:
-            for sample in sampler.sample(responses.requests()):
-                responses.add(sample)
-                tokens += len(sample.token_ids)
-                advance(1)
-        seconds = time.monotonic() - started
-        if isinstance(sampler, EndpointSampler):
-            count = responses.total - done
-            say(f"sampled {count:,} responses in {duration(seconds)}: {count / seconds:,.1f} responses/s")
-        else:
-            say(f"sampled {tokens:,} tokens in {duration(seconds)}: {tokens / seconds:,.0f} tokens/s")
-        if isinstance(sampler, VllmSampler | VllmEngines) and sampler.fewest_waiting is not None:
-            each = " in each engine" if isinstance(sampler, VllmEngines) else ""
-            say(
-                f"at least {sampler.fewest_waiting} requests waited at any time{each} "
-                f"(max_num_seqs {sampler.max_num_seqs})"
-            )
+        started = time.monotonic()
+        tokens = gather(sampler, responses)
+        print_speed(sampler, responses.total - done, tokens, time.monotonic() - started)
+
+
+def gather(sampler: Sampler, responses: Responses) -> int:
+    """Keep each response as it finishes, and each shard as it is whole; returns the tokens sampled."""
+    tokens = 0
+    with bar(responses.total, "responses", "generate", done=responses.finished) as advance:
+        for sample in sampler.sample(responses.requests()):
+            responses.add(sample)
+            tokens += len(sample.token_ids)
+            advance(1)
+    return tokens
+
+
+def print_speed(sampler: Sampler, count: int, tokens: int, seconds: float) -> None:
+    if isinstance(sampler, EndpointSampler):
+        say(f"sampled {count:,} responses in {duration(seconds)}: {count / seconds:,.1f} responses/s")
+    else:
+        say(f"sampled {tokens:,} tokens in {duration(seconds)}: {tokens / seconds:,.0f} tokens/s")
+    if isinstance(sampler, VllmSampler | VllmEngines) and sampler.fewest_waiting is not None:
+        each = " in each engine" if isinstance(sampler, VllmEngines) else ""
+        say(
+            f"at least {sampler.fewest_waiting} requests waited at any time{each} (max_num_seqs {sampler.max_num_seqs})"
+        )
 
 
 def report(
@@ -557,16 +576,7 @@ def main(config: Config) -> Path:
         if output.done:
             say(f"done before: {storage.deliver(plan.output)}")  # again: that push may be what was killed
             return folder
-        responses = Responses(
-            output,
-            plan.prompts.kept,
-            num_responses=config.num_responses,
-            seed=config.seed,
-            rows_per_shard=config.rows_per_shard,
-            token_logps=config.token_logps,
-            text_only=isinstance(plan.policy, Endpoint),
-        )
-        sample_all(plan, config, responses)
+        sample_all(plan, config, open_responses(plan, config, output))
         where = storage.finish(
             output, plan.output, lambda files: report(plan, config, output, files), overwrite=overwrite
         )

@@ -12,7 +12,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -151,16 +151,14 @@ class VllmSampler:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         self._engine = _start_vllm(
-            model,
-            on_cpu,
-            dtype=dtype,
-            quantization=options.quantization,
-            max_model_len=max_model_len,
-            max_num_seqs=options.max_num_seqs,
-            gpu_memory_utilization=options.gpu_memory_utilization,
-            enforce_eager=options.enforce_eager or on_cpu,
-            distributed_executor_backend=options.distributed_executor_backend,
-            tensor_parallel_size=tensor_parallel_size,
+            vllm_arguments(
+                model,
+                options,
+                on_cpu=on_cpu,
+                dtype=dtype,
+                max_model_len=max_model_len,
+                tensor_parallel_size=tensor_parallel_size,
+            )
         )
         vllm_engine.wake_when_dead(self._engine.engine_core)
         config = self._engine.vllm_config
@@ -226,28 +224,45 @@ class VllmSampler:
         return Sample(int(output.request_id), token_ids, text, result.finish_reason, logps)
 
 
-def _start_vllm(model: Path, on_cpu: bool, **arguments: Any) -> Any:
+def vllm_arguments(
+    model: Path,
+    options: EngineOptions,
+    *,
+    on_cpu: bool,
+    dtype: str,
+    max_model_len: int,
+    tensor_parallel_size: int = 1,
+) -> dict[str, Any]:
+    """What vLLM's engine is started with."""
+    arguments = {
+        **asdict(options),
+        "model": str(model),
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "tensor_parallel_size": tensor_parallel_size,
+        "enforce_eager": options.enforce_eager or on_cpu,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # not the model's: the settings are all that counts
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if on_cpu:
+        # vLLM 0.32 rewinds the generator of a request whose prompt it cut in two, and a CPU generator can't be rewound.
+        tokens = max(max_model_len, CPU_BATCHED_TOKENS)
+        arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": tokens}
+    return arguments
+
+
+def _start_vllm(arguments: dict[str, Any]) -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    if on_cpu:
-        # vLLM 0.32 rewinds the generator of a request whose prompt it cut in two, and a CPU generator can't be rewound.
-        tokens = max(arguments["max_model_len"], CPU_BATCHED_TOKENS)
-        arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": tokens}
     try:
-        args = EngineArgs(
-            model=str(model),
-            skip_tokenizer_init=True,
-            generation_config="vllm",  # not the model's: the settings are all that counts
-            enable_prefix_caching=True,
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            **arguments,
-        )
-        return LLMEngine.from_engine_args(args, usage_context=UsageContext.LLM_CLASS)
+        return LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
     except (RuntimeError, ValueError) as error:
-        raise WorkFailed(f"vLLM can't start on {model}: {error}") from error
+        raise WorkFailed(f"vLLM can't start on {arguments['model']}: {error}") from error
 
 
 def checkpoint_dtype(model: Path) -> str:
