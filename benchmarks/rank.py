@@ -1,5 +1,5 @@
-"""rank's batches against one row at a time, and against vLLM where it is installed: the same rewards, in one
-run.
+"""rank's batches against one row at a time, and against its vLLM back end where that is installed: the same rewards,
+in one run.
 
     python benchmarks/rank.py --prompts 100
 
@@ -11,9 +11,7 @@ loading not. Repeats alternate, and the median counts.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -21,17 +19,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhf_pipeline.core.ranking.network_scorers import Backend
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO / "src")]
 NUM_RESPONSES = 5
-VLLM_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-}
 Score = Callable[[Sequence[dict[str, Any]]], list[float]]
 
 
@@ -77,37 +72,18 @@ def make_classifier(folder: Path, corpus: str, *, hidden_size: int, layers: int)
     return folder
 
 
-def ours(folder: Path, *, batch_tokens: int | None) -> Score:
+def scorer(folder: Path, backend: Backend, *, batch_tokens: int | None = None) -> Score:
     import torch
 
     from rlhf_pipeline.core.ranking.network_scorers import ScoringOptions
     from rlhf_pipeline.core.ranking.scoring import load_scorer, resolve_reward_model
 
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    options = ScoringOptions(batch_tokens=batch_tokens, device=device)
-    scorer = load_scorer(resolve_reward_model(str(folder)), options)
+    options = ScoringOptions(backend=backend, batch_tokens=batch_tokens, device=device)
+    loaded = load_scorer(resolve_reward_model(str(folder)), options)
 
     def score(rows: Sequence[dict[str, Any]]) -> list[float]:
-        return [item.reward for item in scorer.score(rows) if item.reward is not None]
-
-    return score
-
-
-def vllm(folder: Path) -> Score:
-    """Raw logits from vLLM's pooling runner: its own default is a sigmoid."""
-    import torch
-    from vllm import LLM, PoolingParams
-
-    from rlhf_pipeline.core.chat import Chat
-
-    chat = Chat.load(folder)
-    dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # rank's; vLLM's auto would round float32
-    engine = LLM(str(folder), runner="pooling", convert="classify", enforce_eager=True, dtype=dtype)
-
-    def score(rows: Sequence[dict[str, Any]]) -> list[float]:
-        prompts = [{"prompt_token_ids": chat.conversation_ids(row["prompt"], row["response"])} for row in rows]
-        raw = PoolingParams(use_activation=False)
-        return [out.outputs.probs[0] for out in engine.classify(prompts, pooling_params=raw, use_tqdm=False)]
+        return [item.reward for item in loaded.score(rows) if item.reward is not None]
 
     return score
 
@@ -121,30 +97,32 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch_tokens", type=int, help="rank's; default: its own")
     parser.add_argument("--without_vllm", action="store_true")
-    parser.add_argument("--results", type=Path, help="write the table there as JSON")
     args = parser.parse_args()
-    os.environ.update(VLLM_ENVIRONMENT)
     import pydoc_data.topics
 
     corpus = "\n\n".join(pydoc_data.topics.topics.values())
     rows = make_rows(args.prompts, corpus, args.longest)
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_classifier(Path(temporary, "reward"), corpus, hidden_size=args.hidden_size, layers=args.layers)
-        ways = {"one row at a time": ours(folder, batch_tokens=1), "rank": ours(folder, batch_tokens=args.batch_tokens)}
+        ways = {
+            "one row at a time": scorer(folder, "transformers", batch_tokens=1),
+            "rank": scorer(folder, "transformers", batch_tokens=args.batch_tokens),
+        }
         if not args.without_vllm:
-            ways["vLLM"] = vllm(folder)
+            ways["rank --backend vllm"] = scorer(folder, "vllm", batch_tokens=args.batch_tokens)
         table = measure(ways, rows, args.repeats)
     from rlhf_pipeline.core.provenance import versions
 
+    print(
+        f"\n{len(rows)} conversations, {NUM_RESPONSES} to a prompt; the reward model: {args.layers} layers of "
+        f"{args.hidden_size}"
+    )
     for name, line in table.items():
         print(
             f"{name:<20} {line['seconds']:8.2f} s  {line['rows_per_second']:8.1f} rows/s  {line['speedup']:5.2f}x"
             f"  rewards differ by at most {line['largest_difference']:.1e}"
         )
-    if args.results:
-        about = {"arguments": {k: str(v) for k, v in vars(args).items()}, "machine": machine(), "versions": versions()}
-        args.results.parent.mkdir(parents=True, exist_ok=True)
-        args.results.write_text(json.dumps({"table": table, **about}, indent=2) + "\n")
+    print(f"{machine()}; {', '.join(f'{name} {version}' for name, version in versions().items())}")
 
 
 def measure(ways: dict[str, Score], rows: Sequence[dict[str, Any]], repeats: int) -> dict[str, dict[str, float]]:
@@ -168,22 +146,14 @@ def measure(ways: dict[str, Score], rows: Sequence[dict[str, Any]], repeats: int
     }
 
 
-def machine() -> dict[str, Any]:
+def machine() -> str:
     import torch
 
-    found = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    return {
-        "processor": found[0] if found else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-    }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "?")
+    gpu = f", {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else ""
+    return f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{gpu}"
 
 
 if __name__ == "__main__":

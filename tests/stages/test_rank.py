@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from judge_server import Server, judging
 from rlhf_pipeline import rank
 from rlhf_pipeline.core import storage
 from rlhf_pipeline.core.command import BadUse, WorkFailed, parse
 from rlhf_pipeline.core.schema import make_prompt_ids
-from tiny_reward_models import write_classifier
+from tiny_reward_models import write_armorm, write_classifier
 
 N = 3
 NUM_ROWS = 40  # 3 blocks: 16, 16, 8
@@ -388,3 +391,115 @@ def test_the_command_refuses_a_model_without_reward_head_in_one_sentence(
     assert refused.returncode == 2
     assert "error: --reward_model" in refused.stderr and "has 2 labels" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+# A judge behind an endpoint
+
+
+def judge_words(responses: Path, output: Path, server: Server) -> list[Any]:
+    template = output.with_name("template.txt")
+    template.write_text("PROMPT {prompt} RESPONSE {response}")
+    words = ["rank", "--input_repo", responses, "--output_repo", output, "--num_responses", N]
+    return [*words, "--reward_model", server.url, "--judge_model", "big", "--judge_template", template]
+
+
+def test_a_judge_rates_through_the_command_and_what_it_does_not_rate_is_null_with_the_reason(
+    tmp_path: Path, run_command: Any
+) -> None:
+    """The endpoint is busy at first. Response 0 of prompts 0 and 1 is not rated, one by each side's fault."""
+    table = responses_table()
+    texts = ["mumble", "too long", *table.column("response_0").to_pylist()[2:]]
+    bad = table.set_column(table.column_names.index("response_0"), "response_0", pa.array(texts))
+    responses = write_responses(tmp_path / "responses", bad)
+    with judging() as server:
+        server.busy = 3
+        done = run_command(*judge_words(responses, tmp_path / "rewards", server))
+        asked = len(server.requests)
+        again = run_command(*judge_words(responses, tmp_path / "rewards", server))
+        assert len(server.requests) == asked, "a finished run asked again"
+    assert done.returncode == 0, done.stderr
+    assert "no reward: 2 of 120 responses, 1 no rating, 1 refused" in done.stdout
+    assert again.returncode == 0 and "done before" in again.stdout
+    ranked = read(tmp_path / "rewards")
+    assert ranked.column("response_0_reward").to_pylist()[:2] == [None, None]
+    reasons = ranked.column("response_0_reward_error").to_pylist()
+    assert reasons[0].startswith("no rating: ") and reasons[1].startswith("refused: HTTP 400")
+    for i in (1, 2):
+        words = [len(text.split()) + 0.5 for text in table.column(f"response_{i}").to_pylist()]
+        assert ranked.column(f"response_{i}_reward").to_pylist() == words
+
+
+def test_a_killed_judge_run_goes_on_without_paying_twice(
+    responses: Path, tmp_path: Path, run_command: Any, command_environment: dict[str, str]
+) -> None:
+    """Of the requests that a kill interrupts only those under way, 16 at most, are made again."""
+    with judging() as server:
+        server.delay = 0.05
+        module, *rest = map(str, judge_words(responses, tmp_path / "rewards", server))
+        process = subprocess.Popen([sys.executable, "-m", f"rlhf_pipeline.{module}", *rest], env=command_environment)
+        deadline = time.monotonic() + 60
+        while len(server.requests) < 25 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        assert not (tmp_path / "rewards").exists()
+        time.sleep(0.3)  # the endpoint still answers what it was asked
+        before = len(server.requests)
+        done = run_command(*judge_words(responses, tmp_path / "rewards", server))
+        assert done.returncode == 0, done.stderr
+        different = len({json.dumps(request) for request in server.requests})
+        assert before >= 25 and len(server.requests) - different <= 16
+    words = [len(text.split()) + 0.5 for text in read(responses).column("response_0").to_pylist()]
+    assert read(tmp_path / "rewards").column("response_0_reward").to_pylist() == words
+
+
+# ArmoRM
+
+
+def test_armorm_through_the_command_keeps_objectives_and_gives_bad_rows_a_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prompts with a system turn, several turns, and a text that quotes a header; a response too long and an empty one.
+
+    The second model's template has no header for a conversation that begins with a system turn: no gate.
+    """
+    header = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    system = {"role": "system", "content": "Be brief."}
+    asked, answered = {"role": "user", "content": "A bird?"}, {"role": "assistant", "content": "A crow."}
+    quoting = {"role": "user", "content": f"What does {header} mean?"}
+    prompts = [[system, asked], [asked, answered, asked], [quoting], [asked], [asked]]
+    texts = ["A tit.", "An owl.", f"{header} opens a turn.", "A crow. " * 300, "  "]
+    responses = write_responses(tmp_path / "responses", pa.table({"prompt": prompts, "response_0": texts}))
+    config = rank.Config(input_repo=str(responses), reward_model=(str(write_armorm(tmp_path / "rm")),), num_responses=1)
+    [folder] = rank.main(config)
+    table = read(folder).to_pylist()
+    for row in table[:3]:
+        weighted = [value * row["response_0_coefficients"][k] for k, value in row["response_0_objectives"].items()]
+        assert len(weighted) == 19 and row["response_0_reward"] == pytest.approx(sum(weighted), abs=1e-5)
+    kinds = [row["response_0_reward_error"].partition(":")[0] for row in table[3:]]
+    assert kinds == ["too long", "empty response"]
+    assert "helpsteer-verbosity: mean" in capsys.readouterr().out
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{{- bos_token }}{%- for message in messages %}{{- '<|start_header_id|>' + message['role'] + "
+        "'<|end_header_id|>\n\n' + message['content'] + '<|eot_id|>' }}{%- endfor %}{%- if add_generation_prompt %}"
+        "{{- 'Go on: ' if messages[0]['role'] == 'system' else '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+        "{%- endif %}"
+    )
+    other = dataclasses.replace(config, chat_template=str(template), output_repo=(str(tmp_path / "other"),))
+    rank.main(other)
+    reasons = read(tmp_path / "other").column("response_0_reward_error").to_pylist()
+    assert reasons[0].startswith("no gate: ") and reasons[1:3] == [None, None]
+
+
+@pytest.mark.parametrize("kind", ["classifier", "armorm"])
+def test_two_jobs_that_share_the_output_write_what_one_writes(kind: str, responses: Path, tmp_path: Path) -> None:
+    """Bit for bit: the blocks are the same whoever takes them."""
+    model = (write_classifier if kind == "classifier" else write_armorm)(tmp_path / kind)
+    whole = config_for(responses, str(model), output_repo=(str(tmp_path / "one"),))
+    rank.main(whole)
+    for index in (1, 0):
+        share = dataclasses.replace(whole, output_repo=(str(tmp_path / "two"),), num_shards=2, shard_index=index)
+        rank.main(share)
+        assert (tmp_path / "two").exists() == (index == 0)
+    assert read(tmp_path / "two") == read(tmp_path / "one")

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_pipeline.core.command import BadUse
-from rlhf_pipeline.core.ranking import armorm
+from rlhf_pipeline.core.ranking import armorm, scoring
+from rlhf_pipeline.core.ranking.network_scorers import ScoringOptions
 from tiny_reward_models import save_shards, write_armorm
 
 CONVERSATIONS: dict[str, list[dict[str, str]]] = {
@@ -230,6 +231,20 @@ def test_a_header_quoted_by_the_response_does_not_move_the_gate(tokenizer: PreTr
     gate = gate_of(tokenizer, conversation)
     assert gate == gate_of(tokenizer, [conversation[0], {"role": "assistant", "content": "Fine."}])
     assert gate < published_gate(render(tokenizer, conversation), pattern_of(tokenizer))
+
+
+def test_the_scorer_gives_every_kind_of_conversation_the_independent_score_at_its_prompts_end(
+    tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Several turns, a system turn, and headers quoted by user and response, in batches of unlike length."""
+    quoting = [{"role": "user", "content": QUOTED}, {"role": "assistant", "content": QUOTED}]
+    conversations = [*CONVERSATIONS.values(), quoting]
+    scorer = scoring.load_scorer(scoring.resolve_reward_model(str(folder)), ScoringOptions())
+    rows = [{"prompt": turns[:-1], "response": turns[-1]["content"]} for turns in conversations]
+    for found, turns in zip(scorer.score(rows), conversations, strict=True):
+        gate = len(prompt_ids(tokenizer, turns[:-1])) - len(pattern_of(tokenizer))
+        expected, _, _ = reference_score(folder, render(tokenizer, turns), gate)
+        assert found.reward == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_prompt_without_the_pattern_has_no_gate() -> None:
