@@ -619,7 +619,7 @@ def save(engine: Engine, plan: Plan, config: Config, loss: Loss) -> None:
         start = models.fetch_weights(plan.model, flag="--base_model")
         policy, weights = engine.accelerator.unwrap_model(engine.model), state_dict
         if config.lora.r is not None:
-            lora.save_adapter(state_dict, config.lora, folder, base=plan.model.text)
+            lora.save_adapter(policy, state_dict, config.lora, folder, base=plan.model.text)
             policy = policy.get_base_model()
             weights = lora.merged(state_dict, config.lora, dtype=models.stored_dtype(start))
         template = None if config.chat_template is None else Path(config.chat_template)
