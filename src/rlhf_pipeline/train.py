@@ -38,6 +38,7 @@ from rlhf_pipeline.core.command import (
 from rlhf_pipeline.core.logps import install
 from rlhf_pipeline.core.progress import Metrics, duration, is_main, read_metrics, say
 from rlhf_pipeline.core.training import checkpoints, lora, losses
+from rlhf_pipeline.core.training.checks import check_given_reference, check_same_prompts, check_same_tokenizer
 from rlhf_pipeline.core.training.distributed import (
     Engine,
     check_accumulation,
@@ -173,8 +174,6 @@ PLACES = ("input_repo", "output_dir", "base_model", "chat_template")
 """Fields that name things: what they hold counts, by its fingerprint, not what they are called."""
 SATURATED = 0.1
 """A log_ratio_gap below this share of what REBEL asks for is far from it: its loss is nearly linear there."""
-PROMPTS_RENDERED = 16
-"""Prompts of a dataset made elsewhere that are rendered again."""
 
 
 # What is to be done
@@ -231,7 +230,7 @@ def make_plan(config: Config) -> Plan:
         )
     check_same_prompts(source, train, chat)
     if config.reference_from_input:
-        check_given_reference(config, source, [train, *([test] if test else [])])
+        check_given_reference(source, [train, *([test] if test else [])], getattr(config, config.loss), config.loss)
     updates, left_over = updates_of(len(train), config)
     temperature, temperature_from = choose_temperature(config, source)
     adapters = None
@@ -249,54 +248,6 @@ def what_decides(config: Config) -> dict[str, Any]:
     unused = {*LOSSES} - {config.loss} | ({"lora"} if config.lora.r is None else set())
     what = what_fields(config)
     return {name: what[name] for name in what if name not in PLACES and name.split(".")[0] not in unused}
-
-
-def check_same_tokenizer(source: storage.Source, chat: Chat, model: str) -> None:
-    """Raise BadUse if the pairs were tokenized by another tokenizer or chat template than the model's."""
-    made_with = (source.provenance or {}).get("chat")
-    if made_with is None:
-        return
-    ours = chat.describe()
-    for key, word in (("tokenizer_hash", "tokenizer"), ("template_hash", "chat template")):
-        if made_with[key] != ours[key]:
-            raise BadUse(
-                f"{source.name} was tokenized with another {word} ({made_with[key][:12]}) than that of --base_model "
-                f"{model} ({ours[key][:12]}): run filter with --model {model}, train the model that filter had, or "
-                "pass the --chat_template that it had."
-            )
-
-
-def check_same_prompts(source: storage.Source, pairs: PairData, chat: Chat) -> None:
-    """Raise BadUse if pairs that don't say what made them have prompts that the template renders otherwise."""
-    if "chat" in (source.provenance or {}) or "prompt" not in source.columns:
-        return
-    prompts = [row["prompt"] for row in source.rows(["prompt"], stop=PROMPTS_RENDERED)]
-    for row, ours in enumerate(chat.encode_prompts(prompts)):
-        theirs = pairs.prompt[row].tolist()
-        if ours != theirs:
-            raise BadUse(
-                f"{source.name} doesn't say what made it, and its prompt {row} has {len(theirs)} tokens, not the "
-                f"{len(ours)} that the chat template of {chat.name} makes of it: pass the --base_model or the "
-                "--chat_template that it was made with."
-            )
-
-
-def check_given_reference(config: Config, source: storage.Source, splits: list[PairData]) -> None:
-    """Raise BadUse if the pairs' own log-probs can't be the reference: not asked for, not there, not numbers."""
-    loss = getattr(config, config.loss)
-    if not loss.needs_reference:
-        raise BadUse(f"--reference_from_input is set, but --loss {config.loss} has no reference: drop it.")
-    if loss.needs_mismatched:
-        raise BadUse(f"--reference_from_input lacks the mismatched pairs that --loss {config.loss} needs: drop it.")
-    name = f"--reference_from_input: {source.name}"
-    for pairs in splits:
-        if pairs.chosen_logp is None or pairs.rejected_logp is None:
-            raise BadUse(
-                f"{name} has no columns chosen_logp and rejected_logp (or chosen_logprob and reject_logprob) in every "
-                "split; drop the flag, and they are computed."
-            )
-        if not np.isfinite(pairs.chosen_logp + pairs.rejected_logp).all():
-            raise BadUse(f"{name} has log-probs that are no numbers; drop the flag, and they are computed.")
 
 
 def choose_temperature(config: Config, source: storage.Source) -> tuple[float, str]:
@@ -348,7 +299,7 @@ def describe_reference(plan: Plan, config: Config) -> str:
 def check_pending(config: Config, pending: dict[str, int]) -> None:
     """`--check` where an earlier stage has still to write the pairs or the policy: what is there must be right."""
     if config.base_model not in pending:
-        models.resolve_model(config.base_model, flag="--base_model", chat_template=True)
+        models.resolve_model(config.base_model, flag="--base_model", chat_template=config.chat_template is None)
     if config.input_repo in pending:
         updates, _ = updates_of(pending[config.input_repo], config)
         say(f"pairs      {config.input_repo}: pending, at most {pending[config.input_repo]:,}, {updates} updates")
@@ -619,7 +570,7 @@ def save(engine: Engine, plan: Plan, config: Config, loss: Loss) -> None:
         start = models.fetch_weights(plan.model, flag="--base_model")
         policy, weights = engine.accelerator.unwrap_model(engine.model), state_dict
         if config.lora.r is not None:
-            lora.save_adapter(state_dict, config.lora, folder, base=plan.model.text)
+            lora.save_adapter(policy, state_dict, config.lora, folder, base=plan.model.text)
             policy = policy.get_base_model()
             weights = lora.merged(state_dict, config.lora, dtype=models.stored_dtype(start))
         template = None if config.chat_template is None else Path(config.chat_template)

@@ -74,6 +74,9 @@ def test_the_policy_is_the_base_with_the_adapter_put_in_and_peft_loads_the_adapt
     assert (adapted - before).abs().max() > 1e-2
     assert metrics[-1]["log_ratio_gap"] > metrics[0]["log_ratio_gap"] + 0.5
     assert json.loads((folder / "provenance.json").read_text())["config"]["lora.r"] == 4
+    adapter = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(tiny_policy)
+    assert adapter["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
         assert (folder / name).read_bytes() == (tiny_policy / name).read_bytes()
 

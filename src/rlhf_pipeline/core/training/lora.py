@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -169,8 +170,8 @@ def merged(state_dict: Mapping[str, Tensor], lora: Lora, *, dtype: torch.dtype) 
     return weights
 
 
-def save_adapter(state_dict: Mapping[str, Tensor], lora: Lora, folder: Path, *, base: str) -> None:
-    """Write the adapters of `state_dict` to <folder>/adapter, which peft and vLLM load over the model `base`."""
+def save_adapter(model: PeftModel, state_dict: Mapping[str, Tensor], lora: Lora, folder: Path, *, base: str) -> None:
+    """Write the adapters of `state_dict` to <folder>/adapter, which peft loads over the model `base`."""
     from safetensors.torch import save_file
 
     final, partial = folder / ADAPTER, folder / f".{ADAPTER}"
@@ -182,8 +183,11 @@ def save_adapter(state_dict: Mapping[str, Tensor], lora: Lora, folder: Path, *, 
         if ".lora_" in name
     }
     save_file(adapters, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = _peft_config(lora)
+    config = copy.copy(model.peft_config["default"])
     config.base_model_name_or_path, config.inference_mode = base, True
+    if ALL_LINEAR in lora.target_modules:  # peft has made a list of every layer of it: the kinds will do
+        config.target_modules = {name.rpartition(".")[2] for name in config.target_modules}
+    config.target_modules = sorted(config.target_modules)
     config.save_pretrained(str(partial))
     for path in partial.iterdir():
         sync_file(path)
