@@ -344,7 +344,7 @@ COLUMNS = {
 }
 
 
-def card(made: dict[str, Any], config: Config, pad_id: int) -> str:
+def card(made: dict[str, Any], config: Config, pad_id: int, shard: Path) -> str:
     data = made["data"]
     facts = {
         "selection": config.select,
@@ -364,6 +364,7 @@ def card(made: dict[str, Any], config: Config, pad_id: int) -> str:
         splits=[TRAIN, TEST],
         columns=COLUMNS,
         facts=facts,
+        samples=provenance.sample_rows(shard),
     )
 
 
@@ -394,7 +395,8 @@ def main(config: Config) -> Path:
         work = Work(plan.chat, plan.rules, config.num_responses, config.maxlen_prompt, folder_of_blocks)
         blocks = pair_blocks.do_blocks(work, plan.source, config.num_proc)
         made = make_splits(plan, config, output, work, blocks)
-        output.publish(made, card(made, config, plan.chat.pad_id))
+        first = storage.shard_files(output.folder, "--output_repo")[TRAIN][0]
+        output.publish(made, card(made, config, plan.chat.pad_id, first))
         where = storage.deliver(plan.output)
     say(f"done in {duration(time.monotonic() - started)}: {where}")
     return folder

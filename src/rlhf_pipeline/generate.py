@@ -536,16 +536,14 @@ COLUMNS = {
 def card(made: dict[str, Any], config: Config, shard: Path) -> str:
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(shard) as file:
-        written = file.schema_arrow.names
-        sample = next(file.iter_batches(1)).to_pylist()[0]
+    written = pq.read_schema(shard).names
     return provenance.card(
         title=f"{config.num_responses} responses of {made['sampling']['model']} to each prompt",
         provenance=made,
         splits=[SPLIT],
         columns={name: text for name, text in COLUMNS.items() if name.format(i=0) in written},
         facts={"sampling": made["sampling"], "responses": made["responses"]},
-        samples=[{name: value for name, value in sample.items() if isinstance(value, str)}],
+        samples=provenance.sample_rows(shard),
     )
 
 

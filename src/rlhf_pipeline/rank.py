@@ -486,6 +486,7 @@ def card(made: dict[str, Any], lines: Sequence[str], shard: Path, config: Config
         splits=[SPLIT],
         columns=describe_columns(scored_columns(config), pq.read_schema(shard).names),
         facts=dict(line.split(": ", 1) for line in lines),
+        samples=provenance.sample_rows(shard),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -132,8 +133,23 @@ def card(
         title,
         provenance,
         facts,
-        [f"## Columns\n\n{holds}", *(f"## A row\n\n{row}" for row in rows)],
+        [f"## Columns\n\n{holds}", *(f"## Row {number}\n\n{row}" for number, row in enumerate(rows))],
     )
+
+
+def sample_rows(shard: Path, count: int = 2) -> list[dict[str, Any]]:
+    """The first rows of a parquet file for its card, without the columns of token ids and other lists of numbers."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(shard) as file:
+        names = [
+            field.name
+            for field in file.schema_arrow
+            if not (pa.types.is_list(field.type) and pa.types.is_primitive(field.type.value_type))
+        ]
+        rows: list[dict[str, Any]] = next(file.iter_batches(count, columns=names)).to_pylist()
+    return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 
 def model_card(*, title: str, provenance: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
@@ -162,10 +178,20 @@ def _lineage(name: str, item: Any) -> tuple[str, str, str]:
     if not isinstance(item, Mapping):
         return (name, "", _short(item))
     return (
-        f"{name}: `{item.get('ref', '')}`",
+        f"{name}: {_link(item)}",
         str(item.get("rows", "")),
         f"`{str(item.get('fingerprint', ''))[:16]}`",
     )
+
+
+def _link(item: Mapping[str, Any]) -> str:
+    """An input's reference; of the Hub, where the fingerprint is a commit, a link to just that."""
+    ref, commit = str(item.get("ref", "")), str(item.get("fingerprint", ""))
+    repo = re.fullmatch(r"(?:hf://(?:datasets/)?)?([\w.-]+/[\w.-]+?)(?:[:@].*)?", ref)
+    if repo is None or not re.fullmatch(r"[0-9a-f]{40}", commit):
+        return f"`{ref}`"
+    kind = "datasets/" if "rows" in item else ""
+    return f"[`{ref}`](https://huggingface.co/{kind}{repo[1]}/tree/{commit})"
 
 
 def _counts(provenance: Mapping[str, Any]) -> str:
