@@ -219,7 +219,8 @@ def machine() -> str:
         processor = names[0] if names else platform.processor()
     used = versions()
     packages = ", ".join(f"{name} {used[name]}" for name in ("python", "torch", "vllm"))
-    return f"{processor}, {len(os.sched_getaffinity(0))} cores; {packages}; {datetime.date.today()}"
+    cores = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, load {os.getloadavg()[1]:.1f} at the end"
+    return f"{processor}, {cores}; {packages}; {datetime.date.today()}"
 
 
 def main() -> None:

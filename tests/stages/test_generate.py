@@ -24,6 +24,7 @@ from rlhf_pipeline import generate
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.generation.sampling import EngineOptions
+from rlhf_pipeline.core.storage import open_source
 
 N = 3
 
@@ -381,6 +382,67 @@ def test_a_run_killed_again_and_again_has_the_rows_of_an_uninterrupted_one(
     assert read(tmp_path / "killed").equals(read(tmp_path / "uninterrupted"))
     engines = json.loads((tmp_path / "killed" / "provenance.json").read_text())
     assert engines["engine"]["name"] == backend and engines["earlier_engines"] == []
+
+
+AT_THE_MOMENT = """
+import os, signal, sys
+from rlhf_pipeline import generate
+from rlhf_pipeline.core import files
+from rlhf_pipeline.core.command import entry
+from rlhf_pipeline.core.storage import Output
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def die_in_shard(number):
+    import pyarrow.parquet as pq
+    write, written = pq.write_table, []
+    def write_table(table, path, **options):
+        written.append(path)
+        if len(written) <= number:
+            return write(table, path, **options)
+        path.write_bytes(b"PAR1 and no more")
+        die()
+    pq.write_table = write_table
+
+moment = sys.argv.pop(1)
+if moment == "engine start":
+    generate.start_sampler = die
+elif moment == "first shard":
+    die_in_shard(0)
+elif moment == "last shard":
+    die_in_shard(1)
+elif moment == "summary":
+    generate.summarize = die
+elif moment == "card":
+    generate.card = die
+elif moment == "card is there":
+    Output._publish = lambda output, made, card: (files.write_atomic(output.folder / "README.md", card), die())
+sys.argv[0] = generate.__file__
+entry(generate.main, generate.Config)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_at_each_step_a_run_still_ends_as_an_uninterrupted_one(
+    finished: Path, tmp_path: Path, tiny_policy: Path, mixed_prompts: Path, command_environment: dict[str, str]
+) -> None:
+    """SIGKILL by the process itself, so that the moment is exact; "last shard": the first that this process writes is
+    whole, the next is not."""
+    flags = ["--model", tiny_policy, "--prompts", mixed_prompts, "--backend", "transformers", "--token_logps"]
+    flags += ["--pairs", N, "--maxlen", 24, "--rows_per_shard", 10, "--output_repo", tmp_path / "out"]
+    for moment in ("engine start", "first shard", "last shard", "summary", "card", "card is there"):
+        command = [sys.executable, "-c", AT_THE_MOMENT, moment, *map(str, flags)]
+        killed = subprocess.run(command, env=command_environment, capture_output=True, text=True)
+        assert killed.returncode == -signal.SIGKILL, f"{moment}: {killed.stderr}"
+        assert not (tmp_path / "out").exists()
+        with pytest.raises(BadUse, match="is being written"):
+            open_source(str(tmp_path / "out"), flag="--input_repo")
+    output = generate.main(config_for(tiny_policy, mixed_prompts, tmp_path / "out", token_logps=True))
+    assert read(output).equals(read(finished))
+    assert (output / "skipped.jsonl").read_text() == (finished / "skipped.jsonl").read_text()
+    assert sorted(path.name for path in output.rglob("*")) == sorted(path.name for path in finished.rglob("*"))
 
 
 # Several processes

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.generation.prompts import Prompts, choose_rows, prepare, read_as_prompt
-from rlhf_pipeline.core.storage import open_source
+from rlhf_pipeline.core.storage import open_output, open_source
 
 
 def test_slices_are_taken_of_the_rows_in_their_order():
@@ -130,3 +133,83 @@ def test_another_column_can_hold_the_prompts(tmp_path, tiny_policy):
     assert load(tmp_path, rows, tiny_policy, column="question").kept[0].prompt == "Hello!"
     with pytest.raises(BadUse, match=r"has no column text \(it has prompt, question\): .* --prompt_column"):
         load(tmp_path, rows, tiny_policy, column="text")
+
+
+def write_as(kind: str, folder: Path, rows: list[dict[str, Any]]) -> Path:
+    """The rows in a file of that kind, or as a dataset folder of ours."""
+    path = folder / f"prompts.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    elif kind == "csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        with open_output(path, {}, overwrite=False) as output:
+            output.write_shard("train", 0, pa.Table.from_pylist(rows))
+            output.publish({}, "")
+    return path
+
+
+TEXTS = [{"prompt": 'Why, "oh" why?\nTell me.'}, {"prompt": "Grüß Gott"}, {"prompt": "Hello!"}]
+TALKS = [
+    {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]},
+    {
+        "prompt": [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello!"},
+            {"role": "user", "content": "Why?"},
+        ]
+    },
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    [(kind, TEXTS) for kind in ("json", "csv", "parquet", "repo")]
+    + [(kind, TALKS) for kind in ("json", "parquet", "repo")],
+)
+def test_prompts_are_the_same_wherever_they_are_kept(kind, rows, tmp_path, tiny_policy):
+    chat = Chat.load(tiny_policy)
+    expected = prepare(
+        open_source(str(write_as("jsonl", tmp_path, rows)), flag="--prompts"), chat, range(len(rows)), 99
+    )
+    found = prepare(open_source(str(write_as(kind, tmp_path, rows)), flag="--prompts"), chat, range(len(rows)), 99)
+    assert [(p.prompt, p.ids) for p in found.kept] == [(p.prompt, p.ids) for p in expected.kept]
+    assert [p.prompt_id for p in found.kept] == [p.prompt_id for p in expected.kept]
+    assert [p.prompt for p in found.kept] == [row["prompt"] for row in rows]
+
+
+def test_a_system_prompt_and_a_template_of_ones_own_reach_the_ids(tmp_path, tiny_policy):
+    """The system prompt goes where there is none; the template is the file's."""
+    source = open_source(str(write_as("jsonl", tmp_path, TALKS)), flag="--prompts")
+    file = tmp_path / "template.jinja"
+    file.write_text(
+        "{{ bos_token }}{% for turn in messages %}{{ turn.role }}={{ turn.content }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant={% endif %}"
+    )
+    chat = Chat.load(tiny_policy, system_prompt="Be kind.", chat_template=str(file))
+    texts = [chat.tokenizer.decode(prompt.ids) for prompt in prepare(source, chat, [0, 1], 99).kept]
+    assert texts == [
+        "<|begin_of_text|>system=Be brief.<|eot_id|>user=Hi<|eot_id|>assistant=",
+        "<|begin_of_text|>system=Be kind.<|eot_id|>user=Hi<|eot_id|>assistant=Hello!<|eot_id|>user=Why?<|eot_id|>"
+        "assistant=",
+    ]
+
+
+def test_without_a_chat_prompts_stay_as_they_are(tmp_path):
+    """For an endpoint: nothing is measured, repeats are counted by their text, what no answer can follow is out."""
+    rows = [{"prompt": text} for text in ("Hello!", "", "Why? " * 9000, "Hello!")]
+    path = write_as("jsonl", tmp_path, rows)
+    prompts = prepare(open_source(str(path), flag="--prompts"), None, range(4), None)
+    assert [(prompt.row, len(prompt.ids)) for prompt in prompts.kept] == [(0, 0), (2, 0), (3, 0)]
+    assert (prompts.repeated, prompts.reasons) == (1, {"empty": 1})
+    talks = [*TALKS, {"prompt": TALKS[1]["prompt"][:2]}]
+    prompts = prepare(open_source(str(write_as("json", tmp_path, talks)), flag="--prompts"), None, range(3), None)
+    assert [prompt.row for prompt in prompts.kept] == [0, 1]
+    assert reasons(prompts) == {2: "no conversation that an answer can follow"}

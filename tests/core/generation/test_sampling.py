@@ -17,13 +17,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlhf_pipeline.core import vllm_engine
 from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.generation.sampling import (
     EngineOptions,
@@ -32,6 +33,7 @@ from rlhf_pipeline.core.generation.sampling import (
     SamplingSettings,
     TransformersSampler,
     VllmSampler,
+    vllm_arguments,
 )
 from rlhf_pipeline.core.vllm_engine import bind_cores
 
@@ -269,12 +271,46 @@ def test_cores_are_bound_in_equal_groups(monkeypatch: pytest.MonkeyPatch) -> Non
 # vLLM
 
 
+OPTIONS = EngineOptions(
+    dtype="bfloat16",
+    quantization="fp8",
+    max_model_len=500,
+    max_num_seqs=7,
+    gpu_memory_utilization=0.4,
+    enforce_eager=True,
+    distributed_executor_backend="ray",
+)
+
+
+def test_every_engine_option_reaches_vllm() -> None:
+    """dtype and max_model_len as the plan resolved them; without chunked prefill on CPU alone."""
+    sizes: dict[str, Any] = {"dtype": "float16", "max_model_len": 400, "tensor_parallel_size": 2}
+    arguments = vllm_arguments(Path("policy"), OPTIONS, on_cpu=False, **sizes)
+    assert {name: arguments[name] for name in asdict(OPTIONS)} == {
+        **asdict(OPTIONS),
+        "dtype": "float16",
+        "max_model_len": 400,
+    }
+    assert (arguments["tensor_parallel_size"], arguments["enable_prefix_caching"]) == (2, True)
+    assert "enable_chunked_prefill" not in arguments
+    assert vllm_arguments(Path("policy"), OPTIONS, on_cpu=True, **sizes)["enable_chunked_prefill"] is False
+
+
+def test_batch_invariance_reaches_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    vllm_engine.set_environment()
+    assert "VLLM_BATCH_INVARIANT" not in os.environ
+    vllm_engine.set_environment(batch_invariant=True)
+    assert os.environ["VLLM_BATCH_INVARIANT"] == "1"
+
+
 VLLM_PROMPTS = 100
 
 
 def run_vllm(folder: Path, output: Path) -> None:
     """Everything the tests below look at, from one engine start per sampling setting that needs its own."""
     from transformers import AutoTokenizer
+    from vllm.engine.arg_utils import EngineArgs
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     options = EngineOptions(max_num_seqs=16)
@@ -285,6 +321,7 @@ def run_vllm(folder: Path, output: Path) -> None:
     requests = requests_for(prompts, num_responses=5)
     found: dict[str, Any] = {
         "engine": sampler.engine,
+        "takes": [field.name for field in fields(EngineArgs)],
         "sampled": [asdict(sample) for sample in sampler.sample(iter(requests))],
         "fewest_waiting": sampler.fewest_waiting,
         "backwards": [asdict(sample) for sample in sampler.sample(requests[::-7])],
@@ -370,6 +407,11 @@ def test_vllm_greedy_equals_the_transformers_sampler(vllm_run: dict[str, Any], m
     ours = transformers_sampler(model, tokenizer, GREEDY).sample(requests_for(make_prompts(24)))
     expected = {sample.key: asdict(sample) for sample in ours}
     assert {sample["key"]: sample for sample in vllm_run["greedy"]} == expected
+
+
+def test_vllm_takes_every_argument_that_we_have(vllm_run: dict[str, Any]) -> None:
+    arguments = vllm_arguments(Path("policy"), OPTIONS, on_cpu=True, dtype="float32", max_model_len=WINDOW)
+    assert set(arguments) <= set(vllm_run["takes"])
 
 
 def test_vllm_says_what_it_ran_with(vllm_run: dict[str, Any]) -> None:
