@@ -73,10 +73,10 @@ CARRIED = ("sampling", "chat")
 @dataclass(frozen=True)
 class Config:
     input_repo: What[str]
-    """Responses to score: generate's output, a local folder or a Hub dataset."""
+    """Responses to score: generate's output, a local folder or a Hub dataset. With --pairs_accuracy: pairs."""
     output_repo: What[tuple[str, ...]] = ()
-    """Where to write the rewards. Not given: the input's name with _armo. As many as there are reward models: each
-    model's rewards go to their own output, and there is no ensemble."""
+    """Where to write the rewards. Not given: the input's name with _armo, for pairs with _accuracy. As many as there
+    are reward models: each model's rewards go to their own output, and there is no ensemble."""
     reward_model: What[tuple[str, ...]] = ("RLHFlow/ArmoRM-Llama3-8B-v0.1",)
     """ArmoRM, any sequence classifier with one label (folder or Hub id), a function package.module:function
     or ./file.py:function, or an OpenAI-compatible endpoint http://HOST/v1. Several make an ensemble."""
@@ -91,8 +91,8 @@ class Config:
     [[7]].
     """
     pairs_accuracy: What[bool] = False
-    """Ask what the reward model is worth: score the chosen and rejected responses of preference pairs (filter's, or
-    prompt, chosen and rejected as text or messages, subset where there is one), and write how often it agrees."""
+    """Ask what the reward model is worth: score the chosen and rejected responses of preference pairs, filter's or
+    RewardBench's or any with prompt, chosen and rejected as text or messages, and say how often it agrees."""
     split: What[str] = "train"
     """The input's split."""
     objectives: What[bool] = True

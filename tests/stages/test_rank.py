@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from conftest import run_process
 from judge_server import Server, judging
 from rlhf_pipeline import rank
 from rlhf_pipeline.core import storage
@@ -370,8 +372,6 @@ def test_two_processes_write_what_one_writes(
     responses: Path, tmp_path: Path, command_environment: dict[str, str]
 ) -> None:
     """Bit for bit on a CPU in float32: blocks, and so batches, are the same however they are dealt."""
-    from conftest import run_process
-
     model = write_classifier(tmp_path / "classifier")
     expected = read(rank.main(config_for(responses, str(model), output_repo=(str(tmp_path / "one"),)))[0])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
@@ -382,6 +382,27 @@ def test_two_processes_write_what_one_writes(
     assert read(tmp_path / "two") == expected
     assert len(set(expected.column("response_0_reward").to_pylist())) > 5
     assert done.stdout.count("no reward: 0 of 120") == 1  # one of them reported and published
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_two_processes_with_vllm_write_what_transformers_write_to_rounding(
+    responses: Path, tmp_path: Path, command_environment: dict[str, str]
+) -> None:
+    """Each process has an engine of its own, which must not take the launcher's variables for a group to join."""
+    model = write_classifier(tmp_path / "classifier")
+    [whole] = rank.main(config_for(responses, str(model), output_repo=(str(tmp_path / "one"),)))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [*launcher, "-m", "rlhf_pipeline.rank", "--input_repo", responses, "--num_responses", N]
+    command += ["--reward_model", model, "--output_repo", tmp_path / "two", "--backend", "vllm"]
+    done = run_process(command, command_environment)
+    assert done.returncode == 0, done.stderr
+    for i in range(N):
+        name = f"response_{i}_reward"
+        assert read(tmp_path / "two").column(name).to_pylist() == pytest.approx(
+            read(whole).column(name).to_pylist(), abs=2e-5
+        )
+    assert json.loads((tmp_path / "two" / "provenance.json").read_text())["engine"]["backend"] == "vllm"
 
 
 def test_the_command_refuses_a_model_without_reward_head_in_one_sentence(

@@ -171,11 +171,12 @@ class SequenceClassifier:
         import torch
 
         input_ids, lengths = _pad(batch, self._device)
-        mask = (torch.arange(input_ids.shape[1], device=self._device) < lengths[:, None]).long()
         if self._head is None:
+            mask = (torch.arange(input_ids.shape[1], device=self._device) < lengths[:, None]).long()
             logits = self._model(input_ids=input_ids, attention_mask=mask).logits
         else:
-            hidden = self._model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+            # no mask: causal attention sees nothing on its right, and without one it runs in its fastest kernel
+            hidden = self._model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
             last = hidden[torch.arange(len(batch), device=self._device), lengths - 1]
             logits = self._head(last.to(self._head.weight.dtype))
         return [finite(reward - self.engine["reward_offset"]) for reward in logits[:, 0].tolist()]
@@ -200,13 +201,16 @@ def _load_classifier(folder: Path, options: ScoringOptions) -> PreTrainedModel:
 
 
 def _reads_last_token(model: PreTrainedModel) -> bool:
-    """Whether this is transformers' decoder with a linear `score` on top, as against an encoder with a
+    """Whether this is transformers' causal decoder with a linear `score` on top, as against an encoder with a
     pooler.
     """
     import torch
 
-    return type(model).__module__.startswith("transformers.") and isinstance(
-        getattr(model, "score", None), torch.nn.Linear
+    return (
+        type(model).__module__.startswith("transformers.")
+        and isinstance(getattr(model, "score", None), torch.nn.Linear)
+        and getattr(model.config, "is_causal", True)
+        and not getattr(model.config, "use_bidirectional_attention", False)
     )
 
 

@@ -271,6 +271,9 @@ def row_notes(made: Mapping[str, Any]) -> Iterator[str]:
     report = made.get("reward_report")
     if report and report["mean"] is not None:
         yield f"mean reward {number(report['mean'], 3)}, best of {number(report['best_of_n'], 3)} on average"
+        within = report.get("length_correlation_within_prompt")
+        if within is not None:
+            yield f"reward and length correlate at {number(within, 2)} within a prompt"
         if report["nulls"]:
             yield f"{report['nulls']:,} responses got no reward"
     margin = made.get("data", {}).get("reward_margin")
