@@ -44,6 +44,7 @@ from rlhf_pipeline.core.training.distributed import (
     check_accumulation,
     clean_exit,
     describe_launch,
+    from_main,
     is_deepspeed,
     load_dtype,
     main_process_first,
@@ -332,7 +333,7 @@ def with_reference(engine: Engine, plan: Plan, config: Config, loss: Loss) -> di
     if not loss.needs_reference:
         return {name: Split(pairs, None) for name, pairs in data.items()}
     folder = Path(config.output_dir)
-    untouched = checkpoints.latest(folder / "checkpoints") is None
+    untouched = not from_main(engine.accelerator, checkpoints.updates_done(folder / "checkpoints"))
     passes: dict[str, Any] = {
         "temperature": plan.temperature,
         "limits": limits_of(config),

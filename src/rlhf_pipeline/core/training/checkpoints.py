@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 from rlhf_pipeline.core.command import EXIT_TERMINATED, BadUse, WorkFailed
 from rlhf_pipeline.core.files import read_json, sync_file, sync_folder, write_json
 from rlhf_pipeline.core.progress import bar, say
-from rlhf_pipeline.core.training.distributed import any_rank, describe_launch, is_deepspeed, main_process_first
+from rlhf_pipeline.core.training.distributed import (
+    any_rank,
+    describe_launch,
+    from_main,
+    is_deepspeed,
+    main_process_first,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -113,7 +119,7 @@ def updates(accelerator: Accelerator, folder: Path, total: int, *, save_every: i
     the process was asked to stop (SIGTERM), upon which it raises SystemExit with DESIGN's exit code.
     """
     stop = StopRequest()
-    done = updates_done(folder)
+    done = int(from_main(accelerator, updates_done(folder)))
     if done:
         load(accelerator, folder / f"update-{done}")
         say(f"resumed    after update {done}")

@@ -13,6 +13,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from rlhf_pipeline.core.command import BadUse
@@ -229,6 +231,12 @@ def one_update(
 def sum_over_ranks(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
     """Elementwise sum of `values` over all ranks, the same on each."""
     return accelerator.reduce(values, reduction="sum")
+
+
+def from_main(accelerator: Accelerator, values: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Rank 0's `values` on every rank: what it sees of a shared folder, where another node may see it late."""
+    ours = torch.as_tensor(np.asarray(values, dtype=np.float64), device=accelerator.device)
+    return sum_over_ranks(accelerator, ours if accelerator.is_main_process else torch.zeros_like(ours)).cpu().numpy()
 
 
 def any_rank(accelerator: Accelerator, flag: bool) -> bool:

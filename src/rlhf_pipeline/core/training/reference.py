@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from rlhf_pipeline.core import provenance, storage
 from rlhf_pipeline.core.command import BadUse, WorkFailed
 from rlhf_pipeline.core.progress import bar, is_main, say
-from rlhf_pipeline.core.training.distributed import Engine, describe_launch, main_process_first
+from rlhf_pipeline.core.training.distributed import Engine, describe_launch, from_main, main_process_first
 from rlhf_pipeline.core.training.pairs import PairData
 from rlhf_pipeline.core.training.passes import Limits, Logps, split_logps
 
@@ -45,10 +46,13 @@ def reference_logps(
     holding = storage.open_output(folder, identity, overwrite=False) if is_main() else contextlib.nullcontext()
     with holding as output:
         engine.accelerator.wait_for_everyone()
-        if not (folder / storage.PROVENANCE).exists():
+        if not from_main(engine.accelerator, (folder / storage.PROVENANCE).exists()):
             _compute(engine, splits, storage.partial_folder(folder), output, temperature, limits)
             main_process_first(engine.accelerator, lambda: _publish(output, splits, key, engine))
-    found = {split: _read(folder, split, data) for split, data in splits.items()}
+    found = {
+        split: from_main(engine.accelerator, _read(folder, split, data) if is_main() else np.zeros((len(data), 2)))
+        for split, data in splits.items()
+    }
     log_ratio = _look(engine, splits["train"], found["train"], temperature, limits, tolerance)
     if tolerance is not None and log_ratio > tolerance:
         raise WorkFailed(
@@ -93,8 +97,9 @@ def _compute(
     temperature: float,
     limits: Limits,
 ) -> None:
-    blocks = _missing_blocks(partial, splits)
-    engine.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+    every = list(_blocks(splits))
+    missing = from_main(engine.accelerator, [not _is_written(partial, split, number) for split, number, _ in every])
+    blocks = [block for block, wanted in zip(every, missing, strict=True) if wanted]
     with bar(sum(len(rows) for _, _, rows in blocks), "pairs", "reference log-probs") as advance:
         for split, number, rows in blocks:
             logps = split_logps(
@@ -109,14 +114,16 @@ def _compute(
                 output.write_shard(split, number, _table(splits[split], rows, logps))
 
 
-def _missing_blocks(partial: Path, splits: dict[str, PairData]) -> list[tuple[str, int, npt.NDArray[np.int64]]]:
-    """(split, shard number, indices) of the blocks that no earlier run has written."""
-    return [
-        (split, number, np.arange(start, min(start + BLOCK, len(data))))
-        for split, data in splits.items()
-        for number, start in enumerate(range(0, len(data), BLOCK))
-        if not any((partial / "data").glob(f"{split}-{number:05d}*.parquet"))
-    ]
+def _blocks(splits: dict[str, PairData]) -> Iterator[tuple[str, int, npt.NDArray[np.int64]]]:
+    """(split, shard number, indices)"""
+    for split, data in splits.items():
+        for number, start in enumerate(range(0, len(data), BLOCK)):
+            yield split, number, np.arange(start, min(start + BLOCK, len(data)))
+
+
+def _is_written(partial: Path, split: str, number: int) -> bool:
+    """Whether an earlier run, which was killed, has written that shard."""
+    return any((partial / "data").glob(f"{split}-{number:05d}*.parquet"))
 
 
 def _table(data: PairData, rows: npt.NDArray[np.int64], logps: Logps) -> pa.Table:
