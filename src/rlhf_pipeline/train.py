@@ -23,6 +23,7 @@ import torch
 import tyro
 
 from rlhf_pipeline.core import hub, models, provenance, storage
+from rlhf_pipeline.core.attention import check_packed
 from rlhf_pipeline.core.batches import MicroBatch, order_of_rows, plan_calls
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import (
@@ -145,7 +146,7 @@ class Config:
     reference_tolerance: How[float] = 1.0
     """Mean |log_ratio|, nats, before the first update above which the reference counts as another model's."""
     attn_implementation: How[models.Attention] = "auto"
-    """auto: flash_attention_2 where installed, else sdpa; nothing is ever downloaded."""
+    """auto: packed rows by flash_attention_2 or torch's own kernel where they work, else sdpa; never a download."""
     gradient_checkpointing: How[bool] = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     save_every: How[int] = 100
@@ -455,6 +456,7 @@ def run_update(
         world_size=engine.world_size,
         max_pairs=limits.max_pairs,
         max_tokens=limits.max_tokens,
+        packed=engine.packed,
     )
     mismatched = mismatched_log_ratio(engine, split, indices, temperature=plan.temperature, limits=limits)
     sums = torch.zeros(len(WATCHED), dtype=torch.float64, device=engine.device)
@@ -583,6 +585,7 @@ def load(accelerator: Accelerator, plan: Plan, config: Config) -> Engine:
         config.attn_implementation,
         models.load_config(path, trust_remote_code=trust),
         half_precision=accelerator.mixed_precision == "bf16",
+        can_pack=True,
     )
     dtype = load_dtype(accelerator)
     if config.lora.r is not None and not is_deepspeed(accelerator):
@@ -602,7 +605,10 @@ def load(accelerator: Accelerator, plan: Plan, config: Config) -> Engine:
         kind=config.optimizer,
     )
     say_launch(accelerator, attention)
-    return Engine(accelerator, *accelerator.prepare(model, optimizer))
+    engine = Engine(accelerator, *accelerator.prepare(model, optimizer))
+    if engine.packed:
+        check_packed(engine.model, engine.device)
+    return engine
 
 
 def save(engine: Engine, plan: Plan, config: Config, loss: Loss) -> None:

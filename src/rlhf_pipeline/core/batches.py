@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +45,7 @@ class Batch:
     """(B + 1,) int32, of a packed batch: where each sequence begins, and the end of the last"""
 
     def to(self, device: torch.device | str) -> Batch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values: Any = {field.name: getattr(self, field.name) for field in fields(self)}
         return Batch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
 
 
@@ -151,7 +152,7 @@ def plan_calls(
 def _cut(
     tokens: Callable[[int, int], int], count: int, world_size: int, max_pairs: int, max_tokens: int | None
 ) -> list[tuple[int, int]]:
-    """(start, stop) of contiguous groups of `count` pairs of ascending size, a multiple of `world_size` if they suffice.
+    """(start, stop) of groups of `count` pairs of ascending size, a multiple of `world_size` if pairs suffice.
 
     `tokens(start, stop)` are those of a group. The number of calls per rank is the smallest that the limits allow;
     within it the dearest group is made as cheap as can be, and then the dearest groups are halved until no rank is
