@@ -18,6 +18,8 @@ from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.logps import token_logps
 
 PACKED = "packed"
+PACKING = (PACKED, "flash_attention_2")
+"""The attention implementations that keep the sequences of a packed row apart."""
 CHANGES = ("sliding_window", "softcap", "s_aux", "position_bias")
 """What models ask of attention, besides a causal mask and a scale, that PACKED does not do."""
 LEAK = 0.05
@@ -26,7 +28,7 @@ LEAK = 0.05
 
 def takes_packed_rows(model: Any) -> bool:
     """Whether a transformers model was loaded with attention that keeps the sequences of a packed row apart."""
-    return model.config._attn_implementation in (PACKED, "flash_attention_2")
+    return model.config._attn_implementation in PACKING
 
 
 def register() -> None:

@@ -8,7 +8,7 @@ packed batch has one row in which the sequences stand end to end, for attention 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -45,8 +45,11 @@ class Batch:
     """(B + 1,) int32, of a packed batch: where each sequence begins, and the end of the last"""
 
     def to(self, device: torch.device | str) -> Batch:
-        values: Any = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
 
 
 def collate(

@@ -1,5 +1,7 @@
 """Estimates against the bytes of real tensors, and of DeepSpeed's states against its own estimator."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,11 +9,11 @@ from random_models import make_model
 from rlhf_pipeline.core import attention
 from rlhf_pipeline.core.batches import collate
 from rlhf_pipeline.core.logps import install, response_logps
-from rlhf_pipeline.core.training.memory import Call, Shape, estimate, states
+from rlhf_pipeline.core.training.memory import Call, LaunchName, Shape, estimate, states
 from rlhf_pipeline.core.training.optim import make_optimizer
 from tensor_bytes import peak_bytes
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 384,
     "num_hidden_layers": 4,
@@ -68,7 +70,8 @@ def test_a_call_takes_what_is_estimated_to_15_percent(kind, checkpointing, dtype
 def test_states_of_an_8b_model_on_8_gpus_are_those_that_deepspeed_estimates():
     """Llama-3-8B: 8,030,261,248 parameters, the largest layer 525 M. DeepSpeed's estimator, run once, gives per GPU
     18.78 GiB in stage 3 and 31.78 GiB in stage 2; with the optimizer on the CPU 3.83 GiB."""
-    for launch, gib in (("zero 3", 18.78), ("zero 2", 31.78), ("zero 3, offload", 3.83)):
+    expected: dict[LaunchName, float] = {"zero 3": 18.78, "zero 2": 31.78, "zero 3, offload": 3.83}
+    for launch, gib in expected.items():
         found = sum(states(8_030_261_248, None, launch, processes=8, half=True)) / 2**30
         assert found == pytest.approx(gib, rel=0.25 if "offload" in launch else 0.1), launch
 

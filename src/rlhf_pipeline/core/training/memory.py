@@ -16,8 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from rlhf_pipeline.core import models
+from rlhf_pipeline.core.batches import order_of_rows, plan_calls
 from rlhf_pipeline.core.logps import CHUNK_BYTES
+from rlhf_pipeline.core.training.pairs import PairData
+from rlhf_pipeline.core.training.passes import Limits
 
 LaunchName = Literal["one process", "ddp", "zero 2", "zero 3", "zero 3, offload"]
 LAUNCHES: tuple[LaunchName, ...] = ("one process", "ddp", "zero 2", "zero 3", "zero 3, offload")
@@ -94,6 +99,53 @@ def shape_of(folder: Path, *, trust_remote_code: bool = False) -> Shape | None:
         key=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
         vocabulary=text.vocab_size,
     )
+
+
+def largest_call(
+    data: PairData, batch_size: int, processes: int, limits: Limits, *, packed: bool, seed: int, updates: int = 32
+) -> tuple[Call, float, float]:
+    """(the largest call, real tokens of an update, share of padding on top) over the first `updates` updates.
+
+    Without a limit on tokens the call may be of the longest pair of all.
+    """
+    lengths = data.lengths()
+    responses = np.array([len(c) + len(r) for c, r in zip(data.chosen, data.rejected, strict=True)])
+    order = order_of_rows(len(data), min(updates, len(data) // batch_size), batch_size, seed)
+    computed, largest = 0, Call(0, 0)
+    for indices in order:
+        plan = plan_calls(
+            lengths[indices],
+            world_size=processes,
+            max_pairs=limits.max_pairs,
+            max_tokens=limits.max_tokens,
+            packed=packed,
+        )
+        for call in (call for rank in plan for call in rank):
+            computed += call.tokens
+            labels = int(responses[indices[list(call.indices)]].sum())
+            largest = max(largest, Call(call.tokens, labels), key=lambda one: one.tokens)
+    real = int(lengths[order].sum())
+    return largest, real / len(order), computed / real - 1.0
+
+
+def table(shape: Shape, call: Call, *, processes: int, checkpointing: bool, trained: int | None = None) -> list[str]:
+    """The estimate of every launch as lines, in GiB; bf16 products."""
+    names = ("parameters", "gradients", "optimizer", "activations", "log_probs", "total")
+    lines = [f"{'':16}" + "".join(f"{name.replace('_', '-'):>13}" for name in names)]
+    for launch in LAUNCHES:
+        count = 1 if launch == "one process" else processes
+        found = estimate(shape, call, launch, processes=count, half=True, checkpointing=checkpointing, trained=trained)
+        lines.append(f"{launch:16}" + "".join(f"{getattr(found, name) / 2**30:13.1f}" for name in names))
+    return lines
+
+
+def seconds_of_run(data: PairData, tokens: float, rate: float, *, reference: bool) -> float:
+    """Seconds of a run that trains on `tokens` at `rate` tokens per second, and first computes the reference of `data`.
+
+    A forward pass is a third of a forward and a backward.
+    """
+    forward = float(data.lengths().sum()) / 3 if reference else 0.0
+    return (tokens + forward) / rate
 
 
 def estimate(
