@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
+import importlib
 import os
 import platform
 import statistics
@@ -336,6 +337,24 @@ def machine() -> str:
     )
 
 
+def on_cpu(args: argparse.Namespace) -> list[str]:
+    pairs = make_pairs(args.pairs)
+    lines = [*describe(pairs, args), "", *table(compare(pairs, args))]
+    if not args.without_trl:
+        lines += ["", *table(compare_with_trl(pairs, args)[::-1])]
+    return lines
+
+
+def on_gpu(args: argparse.Namespace) -> list[str]:
+    train_gpu = importlib.import_module("train_gpu")
+    device = torch.device("cuda")
+    lines = [torch.cuda.get_device_name(device)]
+    for name, size in train_gpu.SIZES.items():
+        settings = {"repeats": args.repeats, "block_pairs": args.block_pairs}
+        lines += train_gpu.compare(name, size, make_pairs(args.pairs), device, **settings)
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=8)
@@ -347,12 +366,10 @@ def main() -> None:
     parser.add_argument("--trl_pairs", type=int, default=1, help="TRL's pairs in one call")
     parser.add_argument("--without_trl", action="store_true")
     parser.add_argument("--results", type=Path, help="write the table there as well")
+    parser.add_argument("--gpu", action="store_true", help="Llama-3 shapes on one CUDA GPU instead")
     args = parser.parse_args()
-    pairs = make_pairs(args.pairs)
-    lines = [*describe(pairs, args), "", *table(compare(pairs, args))]
-    if not args.without_trl:
-        lines += ["", *table(compare_with_trl(pairs, args)[::-1])]
-    lines += ["", f"median of {args.repeats} alternating repeats; {machine()}"]
+    lines = on_gpu(args) if args.gpu else on_cpu(args)
+    lines += ["", f"median of {args.repeats} repeats; {machine()}"]
     print("\n".join(lines))
     if args.results:
         args.results.write_text("\n".join(["python " + " ".join(sys.argv), "", *lines]) + "\n")
