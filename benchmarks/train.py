@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
+import importlib
 import os
 import platform
 import statistics
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 
 REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO / "src")]
+sys.path[:0] = [str(REPO / "src"), str(REPO / "tests")]
 
 VOCABULARY = 128_256
 PROMPT_BLOCK, RESPONSE_BLOCK = 1024, 2048
@@ -66,6 +67,10 @@ def make_pairs(count: int, *, seed: int = 0, vocabulary: int = VOCABULARY) -> li
 
 def make_model(*, hidden_size: int, layers: int, vocabulary: int = VOCABULARY, attention: str = "sdpa") -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rlhf_pipeline.core.attention import register
+
+    register()
 
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -107,27 +112,29 @@ def fixed_blocks(model: Any, pairs: Sequence[Pair]) -> None:
             (logps * mask[:, PROMPT_BLOCK:]).sum().backward()
 
 
-def calls_of(pairs: Sequence[Pair], tokens: int | None) -> list[list[Pair]]:
+def calls_of(pairs: Sequence[Pair], tokens: int | None, *, packed: bool = False) -> list[list[Pair]]:
     """The engine calls that train plans: one pair each, or by a token budget."""
     from rlhf_pipeline.core.batches import plan_calls
 
     lengths = [pair.lengths for pair in pairs]
-    [plan] = plan_calls(lengths, world_size=1, max_pairs=None if tokens else 1, max_tokens=tokens)
+    most = None if tokens else 1
+    [plan] = plan_calls(lengths, world_size=1, max_pairs=most, max_tokens=tokens, packed=packed)
     return [[pairs[i] for i in call.indices] for call in plan]
 
 
-def batch_of(pairs: Sequence[Pair]) -> Any:
+def batch_of(pairs: Sequence[Pair], *, packed: bool = False) -> Any:
     from rlhf_pipeline.core.batches import collate
 
     prompts = [pair.prompt for pair in pairs]
-    return collate(prompts + prompts, [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
+    responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    return collate(prompts + prompts, responses, packed=packed)
 
 
-def ours(model: Any, calls: Sequence[Sequence[Pair]]) -> None:
+def ours(model: Any, calls: Sequence[Sequence[Pair]], *, packed: bool = False) -> None:
     from rlhf_pipeline.core.logps import response_logps
 
     for pairs in calls:
-        response_logps(model, batch_of(pairs), TEMPERATURE).sum().backward()
+        response_logps(model, batch_of(pairs, packed=packed), TEMPERATURE).sum().backward()
 
 
 def full_log_softmax(model: Any, calls: Sequence[Sequence[Pair]]) -> None:
@@ -177,22 +184,6 @@ def seconds_of(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def peak_bytes(run: Callable[[], object]) -> int:
-    """Most bytes of tensors alive during `run`, above those alive before it."""
-    from torch.profiler import ProfilerActivity, profile
-
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    results: Any = profiler.profiler
-    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
-
-
 @dataclass(frozen=True)
 class Row:
     name: str
@@ -203,17 +194,23 @@ class Row:
 def compare(pairs: Sequence[Pair], args: argparse.Namespace) -> list[Row]:
     """The fixed-block scheme, ours and its two yardsticks, by alternating repeats."""
     from rlhf_pipeline.core.logps import install
+    from tensor_bytes import peak_bytes
 
     plain = make_model(hidden_size=args.hidden_size, layers=args.layers)
-    taught = make_model(hidden_size=args.hidden_size, layers=args.layers)
+    taught, packing = (
+        make_model(hidden_size=args.hidden_size, layers=args.layers, attention=name) for name in ("sdpa", "packed")
+    )
     install(taught)
+    install(packing)
     calls = calls_of(pairs, args.micro_batch_tokens)
+    packed = calls_of(pairs, args.micro_batch_tokens, packed=True)
     blocks = list(pairs[: args.block_pairs])
     ways: dict[str, tuple[Any, int, Callable[[], None]]] = {
         "fixed blocks": (plain, len(blocks), lambda: fixed_blocks(plain, blocks)),
-        "ours": (taught, len(pairs), lambda: ours(taught, calls)),
-        "ours, full log-softmax": (plain, len(pairs), lambda: full_log_softmax(plain, calls)),
-        "bare forward, backward": (plain, len(pairs), lambda: bare(plain, calls)),
+        "ours, packed rows": (packing, len(pairs), lambda: ours(packing, packed, packed=True)),
+        "ours, padded rows": (taught, len(pairs), lambda: ours(taught, calls)),
+        "padded, full log-softmax": (plain, len(pairs), lambda: full_log_softmax(plain, calls)),
+        "padded, bare forward, backward": (plain, len(pairs), lambda: bare(plain, calls)),
     }
     for _, _, run in list(ways.values())[1:]:  # gradients are there before anything is measured
         run()
@@ -237,11 +234,12 @@ def compare_with_trl(pairs: Sequence[Pair], args: argparse.Namespace) -> list[Ro
 
     model = make_model(hidden_size=args.hidden_size, layers=args.layers)
     install(model)
-    calls, reference = calls_of(pairs, args.micro_batch_tokens), {}
+    calls = calls_of(pairs, args.micro_batch_tokens)
+    reference: dict[int, Any] = {}
     engine = Engine(Accelerator(cpu=True), model, make_optimizer(model.parameters(), lr=1e-5))
     times: dict[str, list[float]] = {"ours": [], "TRL": []}
 
-    class Alternate(TrainerCallback):  # type: ignore[misc]
+    class Alternate(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.started = time.perf_counter()
 
@@ -262,7 +260,7 @@ def trl_trainer(pairs: Sequence[Pair], args: argparse.Namespace, folder: str, ca
 
     from rlhf_pipeline.core.world.tiny_llama import build_tokenizer
 
-    class OnIds(DPOTrainer):  # type: ignore[misc]
+    class OnIds(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset
 
@@ -307,7 +305,7 @@ def describe(pairs: Sequence[Pair], args: argparse.Namespace) -> list[str]:
     padded = sum(
         2 * len(call) * max(max(pair.lengths) for pair in call) for call in calls_of(pairs, args.micro_batch_tokens)
     )
-    means = [np.mean([len(getattr(pair, name)) for pair in pairs]) for name in ("prompt", "chosen", "rejected")]
+    means = [statistics.mean([len(getattr(pair, name)) for pair in pairs]) for name in ("prompt", "chosen", "rejected")]
     return [
         "{} pairs; mean tokens of prompt {:.0f}, chosen {:.0f}, rejected {:.0f}".format(len(pairs), *means),
         f"tokens: {blocks:,} in blocks, {padded:,} in our calls, {real:,} real: "
@@ -339,6 +337,24 @@ def machine() -> str:
     )
 
 
+def on_cpu(args: argparse.Namespace) -> list[str]:
+    pairs = make_pairs(args.pairs)
+    lines = [*describe(pairs, args), "", *table(compare(pairs, args))]
+    if not args.without_trl:
+        lines += ["", *table(compare_with_trl(pairs, args)[::-1])]
+    return lines
+
+
+def on_gpu(args: argparse.Namespace) -> list[str]:
+    train_gpu = importlib.import_module("train_gpu")
+    device = torch.device("cuda")
+    lines = [torch.cuda.get_device_name(device)]
+    for name, size in train_gpu.SIZES.items():
+        settings = {"repeats": args.repeats, "block_pairs": args.block_pairs}
+        lines += train_gpu.compare(name, size, make_pairs(args.pairs), device, **settings)
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=8)
@@ -350,12 +366,10 @@ def main() -> None:
     parser.add_argument("--trl_pairs", type=int, default=1, help="TRL's pairs in one call")
     parser.add_argument("--without_trl", action="store_true")
     parser.add_argument("--results", type=Path, help="write the table there as well")
+    parser.add_argument("--gpu", action="store_true", help="Llama-3 shapes on one CUDA GPU instead")
     args = parser.parse_args()
-    pairs = make_pairs(args.pairs)
-    lines = describe(pairs, args) + ["", *table(compare(pairs, args))]
-    if not args.without_trl:
-        lines += ["", *table(compare_with_trl(pairs, args)[::-1])]
-    lines += ["", f"median of {args.repeats} alternating repeats; {machine()}"]
+    lines = on_gpu(args) if args.gpu else on_cpu(args)
+    lines += ["", f"median of {args.repeats} repeats; {machine()}"]
     print("\n".join(lines))
     if args.results:
         args.results.write_text("\n".join(["python " + " ".join(sys.argv), "", *lines]) + "\n")

@@ -22,6 +22,7 @@ import torch
 import tyro
 
 from rlhf_pipeline.core import models, provenance, storage
+from rlhf_pipeline.core.attention import check_packed
 from rlhf_pipeline.core.batches import MicroBatch, collate, order_of_rows, plan_calls
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import RUN, BadUse, How, RunFlags, What, entry, fields_with_roles, what_fields
@@ -86,7 +87,7 @@ class Config:
     micro_batch_tokens: How[int | None] = 8192
     """At most this many tokens, padding included, in one engine call."""
     attn_implementation: How[models.Attention] = "auto"
-    """auto: flash_attention_2 where installed, else sdpa; nothing is ever downloaded."""
+    """auto: packed rows by flash_attention_2 or torch's own kernel where they work, else sdpa; never a download."""
     gradient_checkpointing: How[bool] = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     save_every: How[int] = 100
@@ -196,12 +197,14 @@ def run_update(
         world_size=engine.world_size,
         max_pairs=config.per_device_train_batch_size,
         max_tokens=config.micro_batch_tokens,
+        packed=engine.packed,
     )
     seen = torch.zeros((), dtype=torch.float64, device=engine.device)
 
     def loss_of(call: MicroBatch) -> torch.Tensor:
         rows = indices[list(call.indices)]
-        batch = collate([data.prompt[i] for i in rows], [data.response[i] for i in rows], device=engine.device)
+        prompts, responses = [data.prompt[i] for i in rows], [data.response[i] for i in rows]
+        batch = collate(prompts, responses, packed=engine.packed, device=engine.device)
         loss = -token_logps(engine.model, batch, 1.0).sum() * (call.weight / response_tokens)
         seen.add_(loss.detach())
         return loss
@@ -262,10 +265,11 @@ def load(accelerator: Accelerator, start: Path, config: Config) -> Engine:
         config.attn_implementation,
         models.load_config(start),
         half_precision=accelerator.mixed_precision == "bf16",
+        can_pack=True,
     )
     model = models.load_policy(start, dtype=load_dtype(accelerator), attn_implementation=attention)
     install(model)
-    return make_engine(
+    engine = make_engine(
         accelerator,
         model,
         attention,
@@ -273,6 +277,9 @@ def load(accelerator: Accelerator, start: Path, config: Config) -> Engine:
         lr=config.lr,
         weight_decay=config.weight_decay,
     )
+    if engine.packed:
+        check_packed(engine.model, engine.device)
+    return engine
 
 
 def save(engine: Engine, start: Path, plan: Plan, config: Config) -> None:

@@ -23,6 +23,7 @@ import torch
 import tyro
 
 from rlhf_pipeline.core import hub, models, provenance, storage
+from rlhf_pipeline.core.attention import PACKING, check_packed
 from rlhf_pipeline.core.batches import MicroBatch, order_of_rows, plan_calls
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import (
@@ -37,7 +38,7 @@ from rlhf_pipeline.core.command import (
 )
 from rlhf_pipeline.core.logps import install
 from rlhf_pipeline.core.progress import Metrics, duration, is_main, read_metrics, say
-from rlhf_pipeline.core.training import checkpoints, lora, losses
+from rlhf_pipeline.core.training import checkpoints, lora, losses, memory
 from rlhf_pipeline.core.training.checks import check_given_reference, check_same_prompts, check_same_tokenizer
 from rlhf_pipeline.core.training.distributed import (
     Engine,
@@ -51,6 +52,7 @@ from rlhf_pipeline.core.training.distributed import (
     make_accelerator,
     make_engine,
     one_update,
+    promised_world_size,
     sum_over_ranks,
 )
 from rlhf_pipeline.core.training.lora import Lora
@@ -147,9 +149,13 @@ class Config:
     reference_tolerance: How[float] = 1.0
     """Mean |log_ratio|, nats, before the first update above which the reference counts as another model's."""
     attn_implementation: How[models.Attention] = "auto"
-    """auto: flash_attention_2 where installed, else sdpa; nothing is ever downloaded."""
+    """auto: packed rows by flash_attention_2 or torch's own kernel where they work, else sdpa; never a download."""
     gradient_checkpointing: How[bool] = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    gpus: How[int | None] = None
+    """--check plans memory and time for this many GPUs; None: the processes of this launch, or 8."""
+    rate: How[str | None] = None
+    """--check: real tokens per second over all GPUs, as a number or an earlier run's metrics.jsonl, to say how long."""
     save_every: How[int] = 100
     """Updates between checkpoints of the training state; 0: only at SIGTERM."""
     keep_checkpoints: How[int] = 1
@@ -285,6 +291,54 @@ def print_plan(plan: Plan, config: Config) -> None:
     say(f"margin     mean {margins.mean():.4g}, largest {margins.max():.4g} reward units")
 
 
+def print_cost(plan: Plan, config: Config) -> None:
+    """What an update computes, what that takes of each GPU in every launch, and how long a run is."""
+    gpus = config.gpus or (promised_world_size() if promised_world_size() > 1 else 8)
+    model_config = models.load_config(plan.model.folder, trust_remote_code=config.trust_remote_code)
+    kind = models.choose_attention(config.attn_implementation, model_config, half_precision=True, can_pack=True)
+    call, tokens, padding = memory.largest_call(
+        plan.train, config.batch_size, gpus, limits_of(config), packed=kind in PACKING, seed=config.seed
+    )
+    say(f"update     {tokens:,.0f} tokens on average, {padding:.0%} padding more; largest call {call.tokens:,} tokens")
+    shape = memory.shape_of(plan.model.folder, trust_remote_code=config.trust_remote_code)
+    if shape is None:
+        say(f"memory     can't be said for {model_config.model_type}: no decoder with RMS norms and a gated MLP")
+    else:
+        checkpointing = "with" if config.gradient_checkpointing else "without"
+        say(f"memory     GiB on each of {gpus} GPUs, bf16, {checkpointing} gradient checkpointing, attention {kind}:")
+        for line in memory.table(
+            shape,
+            call,
+            processes=gpus,
+            checkpointing=config.gradient_checkpointing,
+            trained=None if plan.adapters is None else plan.adapters.trained,
+        ):
+            say(f"           {line}")
+    if config.rate is not None:
+        rate = tokens_per_second(config.rate)
+        seconds = memory.seconds_of_run(plan.train, plan.updates * tokens, rate, reference=plan_needs_reference(config))
+        say(f"time       {duration(seconds)} at {rate:,.0f} tokens per second, reference log-probs included")
+
+
+def tokens_per_second(rate: str) -> float:
+    """--rate: a number, or the median of an earlier run's metrics.jsonl. Raises BadUse for neither."""
+    if Path(rate).is_file():
+        found = [line["tokens_per_second"] for line in read_metrics(Path(rate)) if "tokens_per_second" in line]
+        if found:
+            return float(np.median(found))
+    try:
+        value = float(rate)
+    except ValueError:
+        value = 0.0
+    if value <= 0:
+        raise BadUse(f"--rate is {rate}; expected tokens per second, or the metrics.jsonl of a run of train.")
+    return value
+
+
+def plan_needs_reference(config: Config) -> bool:
+    return getattr(config, config.loss).needs_reference and not config.reference_from_input
+
+
 def describe_reference(plan: Plan, config: Config) -> str:
     """Where the reference log-probs come from, in words."""
     if not getattr(config, config.loss).needs_reference:
@@ -397,6 +451,7 @@ def run_update(
         world_size=engine.world_size,
         max_pairs=limits.max_pairs,
         max_tokens=limits.max_tokens,
+        packed=engine.packed,
     )
     mismatched = mismatched_log_ratio(engine, split, indices, temperature=plan.temperature, limits=limits)
     sums = torch.zeros(len(WATCHED), dtype=torch.float64, device=engine.device)
@@ -504,6 +559,7 @@ def main(config: Config) -> Path:
     state = storage.run_state(folder, plan.identity, overwrite=config.run.overwrite)
     say(f"output     {folder}: {state}")
     if config.run.check:
+        print_cost(plan, config)
         return folder
     if config.push_to is not None and is_main():
         hub.create_repo(config.push_to, "model", private=not config.public, flag="--push_to")
@@ -541,6 +597,7 @@ def load(accelerator: Accelerator, plan: Plan, config: Config) -> Engine:
         config.attn_implementation,
         models.load_config(path, trust_remote_code=trust),
         half_precision=accelerator.mixed_precision == "bf16",
+        can_pack=True,
     )
     dtype = load_dtype(accelerator)
     if config.lora.r is not None and not is_deepspeed(accelerator):
@@ -550,7 +607,7 @@ def load(accelerator: Accelerator, plan: Plan, config: Config) -> Engine:
         model = lora.attach(model, config.lora, seed=config.seed, float32=not is_deepspeed(accelerator))
         torch.manual_seed(config.seed + accelerator.process_index)  # of its dropout
     install(model)
-    return make_engine(
+    engine = make_engine(
         accelerator,
         model,
         attention,
@@ -560,6 +617,9 @@ def load(accelerator: Accelerator, plan: Plan, config: Config) -> Engine:
         weight_decay=config.weight_decay,
         kind=config.optimizer,
     )
+    if engine.packed:
+        check_packed(engine.model, engine.device)
+    return engine
 
 
 def save(engine: Engine, plan: Plan, config: Config, loss: Loss) -> None:

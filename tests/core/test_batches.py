@@ -27,6 +27,8 @@ def test_a_packed_batch_is_one_row_without_padding():
     predicts the response's."""
     batch = collate([[5, 6, 7], [1]], [[8, 9], [2]], packed=True)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 1, 2]]
+    assert batch.position_ids is not None
+    assert batch.boundaries is not None
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1]]
     assert batch.boundaries.tolist() == [0, 5, 7]
     assert batch.boundaries.dtype == torch.int32

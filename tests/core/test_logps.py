@@ -1,7 +1,6 @@
 """The oracle throughout: all logits from the model's own forward, log_softmax over them, gather."""
 
 import copy
-import gc
 import inspect
 import sys
 from pathlib import Path
@@ -11,37 +10,12 @@ import pytest
 import torch
 
 from conftest import REPO, run_process
+from random_models import PROMPTS, RESPONSES, VOCABULARY, gradients, make_model
 from rlhf_pipeline.core import logps
 from rlhf_pipeline.core.batches import collate
 from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.logps import install, linear_logps, response_logps, token_logps
-
-VOCABULARY = 300
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "eos_token_id": 2,
-}
-PROMPTS = [[5, 6, 7, 8], [9, 10], [3] * 11]
-RESPONSES = [[11, 12, 2], [13, 14, 15, 16, 17, 2], [21]]
-
-
-def make_model(family="llama", *, attention="sdpa", seed=0, **sizes):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(family, **{**SIZES, **sizes})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
+from tensor_bytes import peak_bytes
 
 
 def plain_token_logps(model, batch, temperature):
@@ -51,12 +25,6 @@ def plain_token_logps(model, batch, temperature):
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     table = torch.log_softmax(exact / temperature, dim=-1).flatten(0, 1)
     return table[batch.positions].gather(1, batch.labels[:, None])[:, 0]
-
-
-def gradients(model):
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
 
 
 @pytest.fixture
@@ -284,21 +252,6 @@ def test_a_bf16_models_log_probs_are_float32_and_its_head_gradient_is_summed_in_
     assert exact.grad is not None
     assert (found.dtype, weight.grad.dtype) == (torch.float32, torch.bfloat16)
     assert (weight.grad.double() - exact.grad).norm() < exact.grad.norm() / 128
-
-
-def peak_bytes(function):
-    """Most bytes of tensors alive during `function`, above those alive before it (torch's own accounting)."""
-    from torch.profiler import ProfilerActivity, profile
-
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    alive = peak = 0
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
 
 
 def test_memory_is_a_few_chunks_and_not_the_full_logits(monkeypatch):

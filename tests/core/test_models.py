@@ -167,13 +167,23 @@ def test_quantised_weights_are_refused_by_their_dtype(start):
 
 
 def test_attention_is_chosen_without_downloads(start, monkeypatch):
-    from transformers import Gemma2Config
+    from transformers import BloomConfig, Gemma2Config, MistralConfig
 
     config = load_config(start)
     assert choose_attention("auto", config, half_precision=True) == "sdpa"
     assert choose_attention("eager", config, half_precision=True) == "eager"
     with pytest.raises(BadUse, match="needs a CUDA device, bf16 and an installed flash-attn"):
         choose_attention("flash_attention_2", config, half_precision=True)
+    assert choose_attention("auto", config, half_precision=False, can_pack=True) == "packed"
+    assert choose_attention("auto", MistralConfig(), half_precision=False, can_pack=True) == "sdpa"
+    for asked, can_pack, message in (
+        (config, False, "this command pads its rows"),
+        (MistralConfig(), True, "mistral has more than plain causal attention"),
+        (Gemma2Config(), True, "gemma2 has more than plain causal attention"),
+        (BloomConfig(), True, "lets no attention be plugged into bloom"),
+    ):
+        with pytest.raises(BadUse, match=message):
+            choose_attention("packed", asked, half_precision=True, can_pack=can_pack)
     monkeypatch.setattr(models, "_flash_attention_works", lambda: True)
     assert choose_attention("auto", config, half_precision=True) == "flash_attention_2"
     assert choose_attention("auto", config, half_precision=False) == "sdpa"

@@ -18,7 +18,7 @@ from conftest import PROMPTS, REPO
 from rlhf_pipeline import train
 from rlhf_pipeline.core import storage
 from rlhf_pipeline.core.command import BadUse, WorkFailed
-from rlhf_pipeline.core.progress import read_metrics
+from rlhf_pipeline.core.progress import duration, read_metrics
 from rlhf_pipeline.core.training.losses import Dpo, Rebel
 from rlhf_pipeline.train import Config, RunFlags
 from tiny_pairs import make_rows, write_pairs
@@ -164,6 +164,27 @@ def test_the_same_run_is_done_and_another_is_refused_naming_what_differs(here):
         here(lr=2e-3)
     here(lr=2e-3, run=RunFlags(overwrite=True))
     assert (folder / "model.safetensors").stat().st_mtime_ns != before
+
+
+def test_check_says_what_memory_and_time_a_run_takes(here, pairs, capsys, tmp_path):
+    """At 1000 tokens per second three updates and the reference's forward, a third of an update's work, of all pairs:
+    (pairs' tokens x 1 + pairs' tokens / 3) / 1000 seconds. All 24 pairs are in one of the three updates."""
+    here(run=RunFlags(check=True), gpus=2, rate="1000", gradient_checkpointing=True)
+    said = capsys.readouterr().out
+    assert "GiB on each of 2 GPUs, bf16, with gradient checkpointing, attention packed" in said
+    for launch in ("one process", "ddp", "zero 2", "zero 3", "zero 3, offload"):
+        assert f"{launch:16}" in said
+    tokens = sum(
+        2 * row["prompt_length"] + row["chosen_length"] + row["rejected_length"]
+        for row in storage.open_source(str(pairs), flag="--x", split="train").rows()
+    )
+    assert f"{tokens / 3:,.0f} tokens on average, 0% padding" in said
+    assert f"{duration(tokens * 4 / 3 / 1000)} at 1,000 tokens per second" in said
+    earlier = tmp_path / "metrics.jsonl"
+    earlier.write_text('{"update": 1, "tokens_per_second": 500.0}\n')
+    assert train.tokens_per_second(str(earlier)) == 500.0
+    with pytest.raises(BadUse, match="--rate is fast; expected tokens per second"):
+        here(run=RunFlags(check=True), rate="fast")
 
 
 def test_check_writes_nothing(here, tmp_path):

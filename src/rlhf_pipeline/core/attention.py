@@ -18,6 +18,8 @@ from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.logps import token_logps
 
 PACKED = "packed"
+PACKING = (PACKED, "flash_attention_2")
+"""The attention implementations that keep the sequences of a packed row apart."""
 CHANGES = ("sliding_window", "softcap", "s_aux", "position_bias")
 """What models ask of attention, besides a causal mask and a scale, that PACKED does not do."""
 LEAK = 0.05
@@ -26,7 +28,7 @@ LEAK = 0.05
 
 def takes_packed_rows(model: Any) -> bool:
     """Whether a transformers model was loaded with attention that keeps the sequences of a packed row apart."""
-    return model.config._attn_implementation in (PACKED, "flash_attention_2")
+    return model.config._attn_implementation in PACKING
 
 
 def register() -> None:
@@ -65,8 +67,8 @@ def packed_attention(
         asked.append("rows that are not packed")
     if asked or cu_seq_lens_q is None or max_length_q is None:
         raise BadUse(
-            f"--attn_implementation {PACKED}: {type(module).__name__} wants {', '.join(asked)}, which it can't compute; "
-            "pass sdpa or eager."
+            f"--attn_implementation {PACKED}: {type(module).__name__} wants {', '.join(asked)}, which it can't "
+            "compute; pass sdpa or eager."
         )
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings give float32 back
         half = torch.get_autocast_dtype(query.device.type)
@@ -75,13 +77,24 @@ def packed_attention(
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
 
-        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-        lengths = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-        return varlen_attn(*rows, *lengths, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)[None], None
-    sequences = (tensor.split(cu_seq_lens_q.diff().tolist(), dim=2) for tensor in (query, key, value))
+        output = varlen_attn(
+            query[0].transpose(0, 1),
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
+            cu_seq_lens_q,
+            cu_seq_lens_q,
+            max_length_q,
+            max_length_q,
+            scale=scaling,
+            window_size=(-1, 0),
+            enable_gqa=grouped,
+        )
+        return torch.unsqueeze(output, 0), None  # type: ignore[arg-type]
+    lengths = cu_seq_lens_q.diff().tolist()
+    sequences = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     outputs = [
-        nn.functional.scaled_dot_product_attention(*sequence, is_causal=True, scale=scaling, enable_gqa=grouped)
-        for sequence in zip(*sequences, strict=True)
+        nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
+        for q, k, v in sequences
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
@@ -93,10 +106,15 @@ def varlen_works() -> bool:
         return False
     from torch.nn.attention.varlen import varlen_attn
 
-    heads = [torch.ones(4, count, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for count in (2, 1, 1)]
+    def ones(heads: int) -> Tensor:
+        return torch.ones(4, heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
     boundaries = torch.tensor([0, 1, 4], device="cuda", dtype=torch.int32)
     try:
-        varlen_attn(*heads, boundaries, boundaries, 3, 3, window_size=(-1, 0), enable_gqa=True).sum().backward()
+        found = varlen_attn(
+            ones(2), ones(1), ones(1), boundaries, boundaries, 3, 3, window_size=(-1, 0), enable_gqa=True
+        )
+        found.sum().backward()  # type: ignore[union-attr]
     except RuntimeError:  # a torch built without the kernel, or a GPU that it does not know
         return False
     return True

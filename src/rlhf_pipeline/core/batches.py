@@ -8,7 +8,8 @@ packed batch has one row in which the sequences stand end to end, for attention 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +46,10 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
 
 
 def collate(
@@ -151,7 +155,7 @@ def plan_calls(
 def _cut(
     tokens: Callable[[int, int], int], count: int, world_size: int, max_pairs: int, max_tokens: int | None
 ) -> list[tuple[int, int]]:
-    """(start, stop) of contiguous groups of `count` pairs of ascending size, a multiple of `world_size` if they suffice.
+    """(start, stop) of groups of `count` pairs of ascending size, a multiple of `world_size` if pairs suffice.
 
     `tokens(start, stop)` are those of a group. The number of calls per rank is the smallest that the limits allow;
     within it the dearest group is made as cheap as can be, and then the dearest groups are halved until no rank is

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from rlhf_pipeline.core import hub
+from rlhf_pipeline.core import attention, hub
 from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.files import read_json, sha256_of, sync_file, sync_folder, write_json
 from rlhf_pipeline.core.provenance import fingerprint_model
@@ -27,7 +27,7 @@ from rlhf_pipeline.core.weights import some
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-Attention = Literal["auto", "flash_attention_2", "sdpa", "eager"]
+Attention = Literal["auto", "flash_attention_2", "packed", "sdpa", "eager"]
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -174,13 +174,14 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return DTYPES[name]
 
 
-def choose_attention(name: Attention, config: PretrainedConfig, *, half_precision: bool) -> str:
+def choose_attention(name: Attention, config: PretrainedConfig, *, half_precision: bool, can_pack: bool = False) -> str:
     """The attention implementation to load a model with; "auto" never downloads anything.
 
-    "auto" is flash_attention_2 where it is installed and products run in half precision on a GPU, else sdpa,
-    else eager for a model that sdpa computes wrongly (it drops a soft cap on attention logits) or not at all.
-    Raises BadUse for a choice that is not there or not right: transformers would fetch a kernel from the Hub,
-    or go on.
+    `half_precision`: products run in it. `can_pack`: the caller packs its rows where attention takes that. "auto" is,
+    on a CUDA GPU in half precision, flash_attention_2 where it is installed, else packed rows through torch's varlen
+    attention where that works; PACKED also on a CPU; else sdpa, or eager for a model that sdpa computes wrongly (it
+    drops a soft cap on attention logits) or not at all. Raises BadUse for a choice that is not there or not right:
+    transformers would fetch a kernel from the Hub, or go on.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -188,18 +189,37 @@ def choose_attention(name: Attention, config: PretrainedConfig, *, half_precisio
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     flash = half_precision and _flash_attention_works()
     sdpa = not capped and getattr(model_class, "_supports_sdpa", True)
+    obstacle = _obstacle_to_packing(model_class, config, half_precision) if can_pack else "this command pads its rows"
     if name == "auto":
         if flash and getattr(model_class, "_supports_flash_attn", True):
             return "flash_attention_2"
+        if obstacle is None:
+            return attention.PACKED
         return "sdpa" if sdpa else "eager"
     if name == "flash_attention_2" and not flash:
         raise BadUse(
             "--attn_implementation flash_attention_2 needs a CUDA device, bf16 and an installed flash-attn; "
             "auto takes the best that is there."
         )
+    if name == attention.PACKED and obstacle is not None:
+        raise BadUse(f"--attn_implementation packed can't be had: {obstacle}; auto takes the best that is there.")
     if name == "sdpa" and not sdpa:
         raise BadUse(f"--attn_implementation sdpa can't compute {config.model_type}'s attention: pass eager or auto.")
     return name
+
+
+def _obstacle_to_packing(model_class: type | None, config: PretrainedConfig, half_precision: bool) -> str | None:
+    """Why a model can't have packed rows through core/attention.py here; None if it can."""
+    text = config.get_text_config()
+    slides = getattr(text, "sliding_window", None) is not None and getattr(text, "use_sliding_window", True)
+    layers = set(getattr(text, "layer_types", None) or ["sliding_attention" if slides else "full_attention"])
+    if not getattr(model_class, "_supports_attention_backend", False):
+        return f"transformers lets no attention be plugged into {config.model_type}"
+    if getattr(text, "attn_logit_softcapping", None) is not None or layers != {"full_attention"}:
+        return f"{config.model_type} has more than plain causal attention (a soft cap, a sliding window, other layers)"
+    if torch.cuda.is_available() and not (half_precision and attention.varlen_works()):
+        return "on a GPU it needs bf16 and torch's varlen attention, which does not work here"
+    return None
 
 
 def _flash_attention_works() -> bool:
@@ -223,6 +243,7 @@ def load_policy(
     """
     from transformers import AutoModelForCausalLM
 
+    attention.register()
     config = load_config(folder, trust_remote_code=trust_remote_code)
     disable_dropout(config)
     model: PreTrainedModel

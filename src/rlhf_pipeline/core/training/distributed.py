@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from rlhf_pipeline.core.attention import takes_packed_rows
 from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.files import read_json
 from rlhf_pipeline.core.progress import say
@@ -50,6 +51,11 @@ class Engine:
     @property
     def world_size(self) -> int:
         return self.accelerator.num_processes
+
+    @property
+    def packed(self) -> bool:
+        """Whether plans count real tokens and batches are packed rows."""
+        return takes_packed_rows(self.accelerator.unwrap_model(self.model))
 
 
 def make_accelerator(*, max_grad_norm: float | None) -> Accelerator:

@@ -51,10 +51,10 @@ def mismatch(data: PairData) -> PairData:
 
 
 def pair_batch(engine: Engine, data: PairData, indices: Sequence[int]) -> Batch:
-    """The b chosen, then the b rejected responses of `indices` with their prompts: (2b, T)."""
+    """The b chosen, then the b rejected responses of `indices` with their prompts: 2b sequences."""
     prompts = [data.prompt[i] for i in indices]
     responses = [data.chosen[i] for i in indices] + [data.rejected[i] for i in indices]
-    return collate(prompts + prompts, responses, device=engine.device)
+    return collate(prompts + prompts, responses, packed=engine.packed, device=engine.device)
 
 
 def pair_logps(
@@ -100,6 +100,7 @@ def split_pass(
         world_size=engine.world_size,
         max_pairs=limits.max_pairs,
         max_tokens=limits.max_tokens,
+        packed=engine.packed,
     )
     result = torch.zeros(len(indices), 2, dtype=torch.float64, device=engine.device)
     was_training = engine.model.training

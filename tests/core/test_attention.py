@@ -1,0 +1,84 @@
+"""The oracle: the same model with padded rows under transformers' own sdpa."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from random_models import PROMPTS, RESPONSES, gradients, make_model
+from rlhf_pipeline.core import attention
+from rlhf_pipeline.core.attention import check_packed, takes_packed_rows
+from rlhf_pipeline.core.batches import collate
+from rlhf_pipeline.core.command import BadUse
+from rlhf_pipeline.core.logps import install, token_logps
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "as many key heads as heads": {"num_key_value_heads": 2},
+    "mistral": {"family": "mistral", "sliding_window": None},
+    "qwen2": {"family": "qwen2"},
+    "qwen3": {"family": "qwen3"},
+    "phi": {"family": "phi", "num_key_value_heads": 2},
+    "gemma": {"family": "gemma"},
+    "cohere": {"family": "cohere"},
+    "granite": {"family": "granite"},
+    "olmo2": {"family": "olmo2"},
+    "learned positions": {"family": "opt", "word_embed_proj_dim": 32, "ffn_dim": 64},
+}
+
+
+def make_packed(**sizes):
+    attention.register()
+    model = make_model(**sizes, attention="packed")
+    install(model)
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packed_rows_give_the_log_probs_and_gradients_of_padded_ones(name):
+    """float32, to 1e-5, and gradients, sums of some hundred terms of size one, to 1e-4."""
+    padded, packed = make_model(**FAMILIES[name]), make_packed(**FAMILIES[name])
+    install(padded)
+    assert (takes_packed_rows(padded), takes_packed_rows(packed)) == (False, True)
+    expected = token_logps(padded, collate(PROMPTS, RESPONSES), 0.8)
+    found = token_logps(packed, collate(PROMPTS, RESPONSES, packed=True), 0.8)
+    assert (found - expected).abs().max() < 1e-5
+    for logps in (expected, found):
+        (logps * torch.linspace(-1.0, 2.0, len(logps))).sum().backward()
+    expected_gradients = gradients(padded)
+    for parameter, gradient in gradients(packed).items():
+        assert (gradient - expected_gradients[parameter]).abs().max() < 1e-4, parameter
+
+
+def test_gradient_checkpointing_and_autocast_take_packed_rows():
+    """bf16 autocast: to its rounding of logits of size ten, 1 in 128."""
+    model = make_packed()
+    exact = token_logps(model, collate(PROMPTS, RESPONSES, packed=True), 1.0)
+    exact.sum().backward()
+    expected = gradients(model)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    token_logps(model, collate(PROMPTS, RESPONSES, packed=True), 1.0).sum().backward()
+    for parameter, gradient in gradients(model).items():
+        assert torch.allclose(gradient, expected[parameter], atol=1e-5), parameter
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = token_logps(model, collate(PROMPTS, RESPONSES, packed=True), 1.0)
+    assert (rounded - exact).abs().mean() < 10 / 128
+
+
+def test_what_packed_attention_does_not_compute_is_refused_and_never_ignored():
+    """Mistral asks for a sliding window; padded rows have no boundaries."""
+    batch = collate(PROMPTS, RESPONSES, packed=True)
+    with pytest.raises(BadUse, match="MistralAttention wants sliding_window"):
+        token_logps(make_packed(family="mistral", sliding_window=4), batch, 1.0)
+    with pytest.raises(BadUse, match="LlamaAttention wants rows that are not packed"):
+        token_logps(make_packed(), collate(PROMPTS, RESPONSES), 1.0)
+
+
+def test_a_model_that_sees_its_neighbours_in_a_row_is_refused():
+    """Embeddings that are mixed with the token before, as a convolution does, know of no boundaries."""
+    model = make_packed()
+    check_packed(model, torch.device("cpu"))
+    model.model.embed_tokens.register_forward_hook(lambda _module, _args, output: output + output.roll(1, dims=1))
+    with pytest.raises(BadUse, match="log-probs depend on the neighbouring sequence"):
+        check_packed(model, torch.device("cpu"))
