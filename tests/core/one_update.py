@@ -1,6 +1,6 @@
 """Held-out log-probs, one update, the same log-probs, a saved policy; test_logps.py runs it in several launches.
 
-python one_update.py START OUTPUT
+python one_update.py START OUTPUT [ATTENTION]
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def sequences(count: int, seed: int) -> list[list[int]]:
     return [torch.randint(3, 400, (length,), generator=generator).tolist() for length in lengths]
 
 
-def main(start: Path, output: Path) -> None:
+def main(start: Path, output: Path, attention: str = "sdpa") -> None:
     accelerator = distributed.make_accelerator(max_grad_norm=None)
-    model: Any = load_policy(start, dtype=torch.float32, attn_implementation="sdpa")
+    model: Any = load_policy(start, dtype=torch.float32, attn_implementation=attention)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     install(model)
@@ -37,16 +37,17 @@ def main(start: Path, output: Path) -> None:
     model, optimizer = accelerator.prepare(model, optimizer)
     head_fetches = count_head_fetches(accelerator.unwrap_model(model).get_output_embeddings())
 
-    held_out = collate(sequences(6, 1), sequences(6, 2))
+    packed = attention == "packed"
+    held_out = collate(sequences(6, 1), sequences(6, 2), packed=packed)
     prompts, chosen, rejected = sequences(PAIRS, 3), sequences(PAIRS, 4), sequences(PAIRS, 5)
     lengths = [[len(p) + len(c), len(p) + len(r)] for p, c, r in zip(prompts, chosen, rejected, strict=True)]
-    plan = plan_calls(lengths, world_size=accelerator.num_processes, max_pairs=1)
+    plan = plan_calls(lengths, world_size=accelerator.num_processes, max_pairs=1, packed=packed)
     losses = torch.zeros(())
 
     def loss_of(call: MicroBatch) -> torch.Tensor:
         mine = [prompts[i] for i in call.indices]
         responses = [chosen[i] for i in call.indices] + [rejected[i] for i in call.indices]
-        better, worse = response_logps(model, collate(mine + mine, responses), 0.8).chunk(2)
+        better, worse = response_logps(model, collate(mine + mine, responses, packed=packed), 0.8).chunk(2)
         loss = call.weight * (better - worse - 5.0).square().sum() / PAIRS
         losses.add_(loss.detach())
         return loss
@@ -88,4 +89,4 @@ def count_head_fetches(head: torch.nn.Module) -> list[int]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
