@@ -293,8 +293,8 @@ def test_a_pass_without_gradients_keeps_nothing():
 def test_one_process_ddp_and_zero3_agree_on_log_probs_and_on_an_update(tmp_path, command_environment):
     """Tied embeddings, gradient checkpointing, seven pairs in calls of one (so one of two ranks repeats a pair
     at weight 0): losses to 1e-5 relative, per-token log-probs before and after the update to 1e-4, and every
-    launch saves a policy that loads; so with packed rows, which the one process has not. ZeRO-3 gathers the head's weight once in a call's forward and once in its
-    backward."""
+    launch saves a policy that loads; so with packed rows, which the one process has not. ZeRO-3 gathers the
+    head's weight once in a call's forward and once in its backward."""
     from transformers import AutoModelForCausalLM
 
     start = tmp_path / "start"
