@@ -360,7 +360,7 @@ def check_pending(config: Config, pending: dict[str, int]) -> Path:
     available = pending.get(config.prompts)
     if available is None:
         available = storage.open_source(config.prompts, flag="--prompts", split=config.split).num_rows
-    if config.model not in pending:
+    if config.endpoint is None and config.model not in pending:
         from rlhf_pipeline.core import models
 
         models.resolve_model(config.model, flag="--model", chat_template=config.chat_template is None)
@@ -368,7 +368,7 @@ def check_pending(config: Config, pending: dict[str, int]) -> Path:
         available, start_idx=config.start_idx, end_idx=config.end_idx, num_prompts=config.num_prompts
     )
     later = dict.fromkeys(pending, ", to be written by an earlier stage")
-    say(f"model      {config.model}{later.get(config.model, '')}")
+    say(f"model      {config.endpoint_model or config.model + later.get(config.model, '')}")
     say(f"prompts    {config.prompts}: {len(rows):,} of {available:,} rows{later.get(config.prompts, '')}")
     say(f"responses  {len(rows) * config.num_responses:,}, {config.num_responses} to each prompt")
     say(f"output     {output}: absent")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import io
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hub_server import TOKEN, Hub
 from rlhf_pipeline import generate
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import BadUse
@@ -304,6 +306,34 @@ def test_bad_use_ends_with_2_and_one_sentence(answers: dict[str, tuple[int, str]
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert sentence in line
     assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_prompts_come_from_a_private_hub_dataset_and_responses_go_to_another(
+    finished: Path, tmp_path: Path, tiny_policy: Path, tiny_prompts: Path, run_command: Callable[..., Any]
+) -> None:
+    """Made elsewhere, the rows in split test. Rows 2 to 5 are those of the file's run."""
+    rows = [json.loads(line) for line in tiny_prompts.read_text().splitlines()]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "test.parquet")
+    hub = Hub()
+    front = "configs:\n- config_name: default\n  data_files:\n  - split: test\n    path: test.parquet"
+    files = {"test.parquet": (tmp_path / "test.parquet").read_bytes(), "README.md": f"---\n{front}\n---\n".encode()}
+    hub.repos["dataset", "owner/prompts"] = {"private": True, "files": files, "sha": "1" * 40}
+    online = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    online |= {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
+    flags = ["--prompts", "owner/prompts", "--split", "test", "--start_idx", 2, "--end_idx", 6, "--model", tiny_policy]
+    flags += ["--pairs", N, "--maxlen", 24, "--backend", "transformers", "--output_repo", "owner/responses"]
+    done = run_command("generate", *flags, env=online, cwd=tmp_path)
+    hub.close()
+    assert done.returncode == 0, done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    repo = hub.repos["dataset", "owner/responses"]
+    assert repo["private"] and {"README.md", "provenance.json"} <= set(repo["files"])
+    made = json.loads(repo["files"]["provenance.json"])
+    assert made["inputs"]["prompts"]["fingerprint"] == "1" * 40
+    [data] = [content for name, content in repo["files"].items() if name.endswith(".parquet")]
+    table = pq.read_table(io.BytesIO(data))
+    assert table.equals(read(finished).slice(2, 4).select(table.column_names))
 
 
 # Killed and run again

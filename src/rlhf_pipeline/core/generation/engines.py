@@ -81,11 +81,12 @@ class VllmEngines:
                 yield from samples
 
     def close(self) -> None:
-        """Let the engines end; kill what has not ended after PATIENCE seconds."""
+        """Let the engines end; kill what has not ended after PATIENCE seconds, at once if one of them has died."""
+        patience = PATIENCE if all(engine.is_alive for engine in self._engines) else 0.0
         for engine in self._engines:
             engine.connection.close()
         for engine in self._engines:
-            engine.end()
+            engine.end(patience)
 
     def _feed(self, prompts: Iterator[list[Request]]) -> bool:
         """Give each prompt to the engine that has least to do, up to QUEUE_DEPTH; False when none are left."""
@@ -131,8 +132,12 @@ class _Engine:
         except (EOFError, OSError) as error:
             raise self._death() from error
 
-    def end(self) -> None:
-        self._process.join(PATIENCE)
+    @property
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
+
+    def end(self, patience: float) -> None:
+        self._process.join(patience)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid or 0, signal.SIGKILL)  # and what it started: vLLM's own processes
         self._process.join()
