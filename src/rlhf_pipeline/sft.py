@@ -22,7 +22,6 @@ import torch
 import tyro
 
 from rlhf_pipeline.core import models, provenance, storage
-from rlhf_pipeline.core.attention import check_packed
 from rlhf_pipeline.core.batches import MicroBatch, collate, order_of_rows, plan_calls
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import RUN, BadUse, How, RunFlags, What, entry, fields_with_roles, what_fields
@@ -269,17 +268,15 @@ def load(accelerator: Accelerator, start: Path, config: Config) -> Engine:
     )
     model = models.load_policy(start, dtype=load_dtype(accelerator), attn_implementation=attention)
     install(model)
-    engine = make_engine(
+    return make_engine(
         accelerator,
         model,
         attention,
+        can_pack=True,
         gradient_checkpointing=config.gradient_checkpointing,
         lr=config.lr,
         weight_decay=config.weight_decay,
     )
-    if engine.packed:
-        check_packed(engine.model, engine.device)
-    return engine
 
 
 def save(engine: Engine, start: Path, plan: Plan, config: Config) -> None:

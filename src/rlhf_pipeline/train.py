@@ -23,7 +23,7 @@ import torch
 import tyro
 
 from rlhf_pipeline.core import hub, models, provenance, storage
-from rlhf_pipeline.core.attention import PACKING, check_packed
+from rlhf_pipeline.core.attention import PACKING
 from rlhf_pipeline.core.batches import MicroBatch, order_of_rows, plan_calls
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import (
@@ -315,24 +315,9 @@ def print_cost(plan: Plan, config: Config) -> None:
         ):
             say(f"           {line}")
     if config.rate is not None:
-        rate = tokens_per_second(config.rate)
+        rate = memory.tokens_per_second(config.rate)
         seconds = memory.seconds_of_run(plan.train, plan.updates * tokens, rate, reference=plan_needs_reference(config))
         say(f"time       {duration(seconds)} at {rate:,.0f} tokens per second, reference log-probs included")
-
-
-def tokens_per_second(rate: str) -> float:
-    """--rate: a number, or the median of an earlier run's metrics.jsonl. Raises BadUse for neither."""
-    if Path(rate).is_file():
-        found = [line["tokens_per_second"] for line in read_metrics(Path(rate)) if "tokens_per_second" in line]
-        if found:
-            return float(np.median(found))
-    try:
-        value = float(rate)
-    except ValueError:
-        value = 0.0
-    if value <= 0:
-        raise BadUse(f"--rate is {rate}; expected tokens per second, or the metrics.jsonl of a run of train.")
-    return value
 
 
 def plan_needs_reference(config: Config) -> bool:
@@ -607,19 +592,17 @@ def load(accelerator: Accelerator, plan: Plan, config: Config) -> Engine:
         model = lora.attach(model, config.lora, seed=config.seed, float32=not is_deepspeed(accelerator))
         torch.manual_seed(config.seed + accelerator.process_index)  # of its dropout
     install(model)
-    engine = make_engine(
+    return make_engine(
         accelerator,
         model,
         attention,
+        can_pack=True,
         gradient_checkpointing=config.gradient_checkpointing,
         lr=config.lr,
         eps=config.eps,
         weight_decay=config.weight_decay,
         kind=config.optimizer,
     )
-    if engine.packed:
-        check_packed(engine.model, engine.device)
-    return engine
 
 
 def save(engine: Engine, plan: Plan, config: Config, loss: Loss) -> None:

@@ -19,6 +19,7 @@ from rlhf_pipeline import train
 from rlhf_pipeline.core import storage
 from rlhf_pipeline.core.command import BadUse, WorkFailed
 from rlhf_pipeline.core.progress import duration, read_metrics
+from rlhf_pipeline.core.training import memory
 from rlhf_pipeline.core.training.losses import Dpo, Rebel
 from rlhf_pipeline.train import Config, RunFlags
 from tiny_pairs import make_rows, write_pairs
@@ -182,7 +183,7 @@ def test_check_says_what_memory_and_time_a_run_takes(here, pairs, capsys, tmp_pa
     assert f"{duration(tokens * 4 / 3 / 1000)} at 1,000 tokens per second" in said
     earlier = tmp_path / "metrics.jsonl"
     earlier.write_text('{"update": 1, "tokens_per_second": 500.0}\n')
-    assert train.tokens_per_second(str(earlier)) == 500.0
+    assert memory.tokens_per_second(str(earlier)) == 500.0
     with pytest.raises(BadUse, match="--rate is fast; expected tokens per second"):
         here(run=RunFlags(check=True), rate="fast")
 

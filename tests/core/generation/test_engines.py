@@ -47,9 +47,7 @@ def test_visible_gpus_are_shared_out_among_the_engines(
 
 
 def test_more_gpus_than_there_are_is_refused(eight_gpus: None) -> None:
-    with pytest.raises(
-        BadUse, match="x --data_parallel_size 16 needs 16 GPUs and 8 are visible"
-    ):
+    with pytest.raises(BadUse, match="x --data_parallel_size 16 needs 16 GPUs and 8 are visible"):
         generate.choose_tensor_parallel_size(config(data_parallel_size=4, tensor_parallel_size=4), 32)
     with pytest.raises(BadUse, match="16 GPUs and 8 are visible"):
         generate.choose_tensor_parallel_size(config(data_parallel_size=16), 32)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rlhf_pipeline.core.attention import takes_packed_rows
+from rlhf_pipeline.core.attention import check_packed, takes_packed_rows
 from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.files import read_json
 from rlhf_pipeline.core.progress import say
@@ -192,14 +192,26 @@ def _configure_deepspeed(accelerator: Accelerator, max_grad_norm: float | None) 
 
 
 def make_engine(
-    accelerator: Accelerator, model: Any, attention: str, *, gradient_checkpointing: bool, **optimizer: Any
+    accelerator: Accelerator,
+    model: Any,
+    attention: str,
+    *,
+    gradient_checkpointing: bool,
+    can_pack: bool = False,
+    **optimizer: Any,
 ) -> Engine:
-    """`model` with an optimizer (`make_optimizer`'s settings) on what of it is trained, ready for this launch."""
+    """`model` with an optimizer (`make_optimizer`'s settings) on what of it is trained, ready for this launch.
+
+    `can_pack`: rows will be packed if its attention takes that, which is tried. Raises BadUse if they leak.
+    """
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     stepping = make_optimizer(model.parameters(), **optimizer)
     say_launch(accelerator, attention)
-    return Engine(accelerator, *accelerator.prepare(model, stepping))
+    engine = Engine(accelerator, *accelerator.prepare(model, stepping))
+    if can_pack and engine.packed:
+        check_packed(engine.model, engine.device)
+    return engine
 
 
 def one_update(

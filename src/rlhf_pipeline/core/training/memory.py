@@ -20,7 +20,9 @@ import numpy as np
 
 from rlhf_pipeline.core import models
 from rlhf_pipeline.core.batches import order_of_rows, plan_calls
+from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.logps import CHUNK_BYTES
+from rlhf_pipeline.core.progress import read_metrics
 from rlhf_pipeline.core.training.pairs import PairData
 from rlhf_pipeline.core.training.passes import Limits
 
@@ -137,6 +139,21 @@ def table(shape: Shape, call: Call, *, processes: int, checkpointing: bool, trai
         found = estimate(shape, call, launch, processes=count, half=True, checkpointing=checkpointing, trained=trained)
         lines.append(f"{launch:16}" + "".join(f"{getattr(found, name) / 2**30:13.1f}" for name in names))
     return lines
+
+
+def tokens_per_second(rate: str) -> float:
+    """--rate: a number, or the median of an earlier run's metrics.jsonl. Raises BadUse for neither."""
+    if Path(rate).is_file():
+        found = [line["tokens_per_second"] for line in read_metrics(Path(rate)) if "tokens_per_second" in line]
+        if found:
+            return float(np.median(found))
+    try:
+        value = float(rate)
+    except ValueError:
+        value = 0.0
+    if value <= 0:
+        raise BadUse(f"--rate is {rate}; expected tokens per second, or the metrics.jsonl of a run of train.")
+    return value
 
 
 def seconds_of_run(data: PairData, tokens: float, rate: float, *, reference: bool) -> float:
