@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -24,6 +25,8 @@ def each_kill(
 ) -> Iterator[int]:
     """Yields k after `work(folder / "k")` was killed before its k-th change under that folder, until it is not."""
     (folder / "warm").mkdir()
+    if prepare is not None:
+        prepare(folder / "warm")
     work(folder / "warm")  # what is imported on the way is imported in this process, once for all forks
     step = 0
     while True:
@@ -197,3 +200,21 @@ def fill_run_folder(folder: Path) -> None:
         storage.start_run(folder / "out", IDENTITY, overwrite=False)
         write_atomic(folder / "out" / "weights", "w")
         storage.finish_run(folder / "out", IDENTITY, {"rows_out": 1}, CARD)
+
+
+def put_responses(folder: Path) -> None:
+    """Forty prompts with two responses each, and a reward program."""
+    rows = [{"prompt": f"Say {n}.", "response_0": f"{n}", "response_1": f"{n} " * 2} for n in range(40)]
+    (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "judge.py").write_text("def length(rows):\n    return [float(len(row['response'])) for row in rows]\n")
+
+
+def rank_rewards(folder: Path) -> None:
+    from rlhf_pipeline import rank
+
+    model = (f"{folder}/judge.py:length",)
+    rank.main(
+        rank.Config(
+            input_repo=f"{folder}/in.jsonl", output_repo=(f"{folder}/out",), reward_model=model, num_responses=2
+        )
+    )

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,6 +91,21 @@ def test_a_run_folder_killed_before_any_step_is_never_taken_for_whole(memory):
         assert state != "done" or ((out / "weights").exists() and (out / "README.md").exists())
         assert in_process(killed_writers.fill_run_folder, memory / str(step)) == 0
         assert storage.run_state(out, killed_writers.IDENTITY, overwrite=False) == "done"
+
+
+@pytest.mark.slow
+def test_rank_killed_before_any_step_goes_on_to_the_rows_of_an_undisturbed_run(memory):
+    def all_rows(folder: Path) -> list[Any]:
+        return list(storage.open_source(str(folder / "out"), flag="--x").rows())
+
+    steps = 0
+    for step in each_kill(killed_writers.rank_rewards, memory, prepare=killed_writers.put_responses):
+        here = memory / str(step)
+        assert in_process(killed_writers.rank_rewards, here) == 0
+        assert all_rows(here) == all_rows(memory / "warm")
+        assert not any(".tmp" in path.name for path in (here / "out").rglob("*"))
+        steps += 1
+    assert steps > 20
 
 
 def test_a_writer_killed_in_the_middle_of_a_shard_makes_that_shard_again(tmp_path):

@@ -89,6 +89,13 @@ def test_a_missing_shard_is_named(tmp_path):
         open_source(str(folder), flag="--input_repo")
 
 
+def test_files_of_two_outputs_in_one_folder_are_refused(tmp_path):
+    folder = write(tmp_path / "out", shards=3)
+    (folder / "data" / "train-00001-of-00003.parquet").rename(folder / "data" / "train-00001-of-00002.parquet")
+    with pytest.raises(BadUse, match="mixes two outputs: split train has files of 2 shards and of 3"):
+        open_source(str(folder), flag="--input_repo")
+
+
 def test_an_empty_dataset_and_an_unknown_split_are_refused(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(BadUse, match=r"--prompts .*empty.jsonl has no rows"):
