@@ -116,7 +116,7 @@ def test_a_writer_killed_in_the_middle_of_a_shard_makes_that_shard_again(tmp_pat
     assert not any(".tmp" in path.name for path in (tmp_path / "out").rglob("*"))
 
 
-@pytest.mark.parametrize(("room", "sampled_twice"), [(150, 1), (400, 0)], ids=["journal", "shard"])
+@pytest.mark.parametrize(("room", "sampled_twice"), [(150, 1), (1500, 0)], ids=["journal", "shard"])
 def test_a_full_disk_is_one_sentence_and_loses_no_response_but_the_one_it_had_in_hand(room, sampled_twice, tmp_path):
     """A limit on the size of files stands in for the full disk: of the journal's second line the kernel takes a
     part; or the journal has room, and the first shard has not."""
