@@ -111,7 +111,7 @@ def test_rank_and_filter_take_its_responses(
     """filter encodes the text as the template would, end of turn included."""
     (tmp_path / "reward.py").write_text("def score(rows):\n    return [float(r['response'][-1]) for r in rows]\n")
     responses = generate.main(config_for(server, prompts, tmp_path / "out"))
-    rewards = rank.main(
+    [rewards] = rank.main(
         rank.Config(input_repo=str(responses), reward_model=(f"{tmp_path / 'reward.py'}:score",), num_responses=N)
     )
     pairs = filter_.main(
