@@ -217,11 +217,13 @@ class _LinearLogps(torch.autograd.Function):
         head = _Head(weight, bias, hidden.dtype, logit_map, temperature)
         log_normalizer = torch.empty(len(hidden), dtype=head.exact, device=hidden.device)
         logps = torch.empty_like(log_normalizer)
+        scratch, normalized = head.scratch(hidden), head.scratch(hidden)
         for chunk in head.chunks(hidden):
-            logits, labels = head.logits(hidden[chunk]), label_ids[chunk, None]
+            logits, labels = head.logits(hidden[chunk], scratch), label_ids[chunk, None]
             of_labels = logits.gather(1, labels)[:, 0]
             # log_softmax is one fused kernel, logsumexp several
-            logps[chunk] = logits.log_softmax(-1).gather(1, labels)[:, 0]
+            torch.log_softmax(logits, -1, out=normalized[: len(logits)])
+            logps[chunk] = normalized[: len(logits)].gather(1, labels)[:, 0]
             log_normalizer[chunk] = of_labels - logps[chunk]
         ctx.save_for_backward(hidden, weight, bias, label_ids, log_normalizer)
         ctx.logit_map, ctx.temperature = logit_map, temperature
@@ -237,8 +239,9 @@ class _LinearLogps(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if with_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=head.exact) if with_weight else None
         bias_grad = torch.zeros_like(bias, dtype=head.exact) if with_bias else None
+        scratch = head.scratch(hidden)
         for chunk in head.chunks(hidden):
-            logits = head.logits(hidden[chunk])
+            logits = head.logits(hidden[chunk], scratch)
             slope = ctx.logit_map.slope(logits, ctx.temperature)
             delta = logits.sub_(log_normalizer[chunk, None]).exp_()
             delta[torch.arange(len(delta), device=delta.device), label_ids[chunk]] -= 1.0
@@ -276,15 +279,29 @@ class _Head:
         self.exact = torch.promote_types(dtype, torch.float32)
         self.logit_map, self.temperature = logit_map, temperature
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(m, V) in `exact`."""
-        logits = nn.functional.linear(hidden, self.weight, self.bias)
-        return self.logit_map(logits.to(self.exact), self.temperature)
+    def logits(self, hidden: Tensor, scratch: Tensor) -> Tensor:
+        """(m, V) in `exact`, in the first rows of `scratch`."""
+        logits = scratch[: len(hidden)]
+        if hidden.dtype == self.exact:
+            torch.mm(hidden, self.weight.T, out=logits)
+            if self.bias is not None:
+                logits.add_(self.bias)
+        else:
+            logits.copy_(nn.functional.linear(hidden, self.weight, self.bias))
+        return self.logit_map(logits, self.temperature)
+
+    def scratch(self, hidden: Tensor) -> Tensor:
+        """Room for a chunk of logits, which all chunks share: new memory costs as much as what is written into it."""
+        rows = min(self._rows(hidden), len(hidden))
+        return torch.empty(rows, len(self.weight), dtype=self.exact, device=hidden.device)
 
     def chunks(self, hidden: Tensor) -> list[slice]:
-        chunk_bytes = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"])
-        size = max(1, chunk_bytes // (len(self.weight) * self.exact.itemsize))
+        size = self._rows(hidden)
         return [slice(start, start + size) for start in range(0, len(hidden), size)]
+
+    def _rows(self, hidden: Tensor) -> int:
+        chunk_bytes = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"])
+        return max(1, chunk_bytes // (len(self.weight) * self.exact.itemsize))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
