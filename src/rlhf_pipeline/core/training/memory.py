@@ -184,7 +184,7 @@ def estimate(
     parameters, gradients, optimizer = states(shape.parameters, trained, launch, processes=processes, half=half)
     zero = launch.startswith("zero")
     kept, layer = activations(shape, call, half=half, autocast=half and not zero, checkpointing=checkpointing)
-    return Memory(parameters, gradients, optimizer, kept, log_probs(shape, call, device), layer)
+    return Memory(parameters, gradients, optimizer, kept, log_probs(shape, call, device, half=half), layer)
 
 
 def states(
@@ -228,7 +228,11 @@ def activations(shape: Shape, call: Call, *, half: bool, autocast: bool, checkpo
     return kept, differentiated
 
 
-def log_probs(shape: Shape, call: Call, device: str) -> int:
-    """Bytes of two chunks of float32 logits and of the head's float32 gradient."""
+def log_probs(shape: Shape, call: Call, device: str, *, half: bool) -> int:
+    """Bytes of two chunks of float32 logits in forward, of one and the head's float32 gradient in backward.
+
+    half: the products with the head give and take a chunk in 16 bits besides.
+    """
     chunk = min(CHUNK_BYTES[device], 4 * call.labels * shape.vocabulary)
-    return 2 * chunk + 4 * shape.vocabulary * shape.hidden
+    beside = chunk // 2 if half else 0
+    return beside + max(2 * chunk, chunk + 4 * shape.vocabulary * shape.hidden)
