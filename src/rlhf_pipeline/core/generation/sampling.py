@@ -7,6 +7,7 @@ for the rest alone.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import multiprocessing
@@ -182,7 +183,7 @@ class VllmSampler:
         """Queue a request."""
         from vllm.inputs import TokensPrompt
 
-        own = self._params.clone()
+        own = copy.copy(self._params)  # vLLM makes itself a deep copy
         own.seed = request.engine_seed
         self._engine.add_request(str(request.key), TokensPrompt(prompt_token_ids=list(request.prompt_ids)), own)
 
