@@ -50,6 +50,11 @@ class Pair:
         """Tokens of prompt + chosen and of prompt + rejected."""
         return len(self.prompt) + len(self.chosen), len(self.prompt) + len(self.rejected)
 
+    @property
+    def in_a_row(self) -> tuple[int]:
+        """Tokens in a packed row, where the prompt stands once."""
+        return (len(self.prompt) + len(self.chosen) + len(self.rejected),)
+
 
 def make_pairs(count: int, *, seed: int = 0, vocabulary: int = VOCABULARY) -> list[Pair]:
     """Prompts of about 200 and responses of about 450 tokens in the mean: evenly spaced quantiles of gamma
@@ -66,19 +71,20 @@ def make_pairs(count: int, *, seed: int = 0, vocabulary: int = VOCABULARY) -> li
 
 
 def make_model(*, hidden_size: int, layers: int, vocabulary: int = VOCABULARY, attention: str = "sdpa") -> Any:
+    """A random Llama of Llama-3-8B's proportions: 3.5 inner values for a hidden one, 4 query heads for a key head."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from rlhf_pipeline.core.attention import register
 
     register()
-
+    heads = max(4, hidden_size // 128)
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
+        intermediate_size=7 * hidden_size // 2,
         num_hidden_layers=layers,
-        num_attention_heads=hidden_size // 32,
-        num_key_value_heads=max(1, hidden_size // 64),
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 4,
         max_position_embeddings=4096,
         tie_word_embeddings=False,
         pad_token_id=0,
@@ -116,25 +122,27 @@ def calls_of(pairs: Sequence[Pair], tokens: int | None, *, packed: bool = False)
     """The engine calls that train plans: one pair each, or by a token budget."""
     from rlhf_pipeline.core.batches import plan_calls
 
-    lengths = [pair.lengths for pair in pairs]
+    lengths = [pair.in_a_row if packed else pair.lengths for pair in pairs]
     most = None if tokens else 1
     [plan] = plan_calls(lengths, world_size=1, max_pairs=most, max_tokens=tokens, packed=packed)
     return [[pairs[i] for i in call.indices] for call in plan]
 
 
-def batch_of(pairs: Sequence[Pair], *, packed: bool = False) -> Any:
+def batch_of(pairs: Sequence[Pair], *, packed: bool = False, prompts_twice: bool = False) -> Any:
+    """prompts_twice: another first token keeps the rejected response's prompt from being shared."""
     from rlhf_pipeline.core.batches import collate
 
     prompts = [pair.prompt for pair in pairs]
+    again = [[1 - min(prompt[0], 1), *prompt[1:]] for prompt in prompts] if prompts_twice else prompts
     responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    return collate(prompts + prompts, responses, packed=packed)
+    return collate(prompts + again, responses, packed=packed)
 
 
-def ours(model: Any, calls: Sequence[Sequence[Pair]], *, packed: bool = False) -> None:
+def ours(model: Any, calls: Sequence[Sequence[Pair]], **rows: bool) -> None:
     from rlhf_pipeline.core.logps import response_logps
 
     for pairs in calls:
-        response_logps(model, batch_of(pairs, packed=packed), TEMPERATURE).sum().backward()
+        response_logps(model, batch_of(pairs, **rows), TEMPERATURE).sum().backward()
 
 
 def full_log_softmax(model: Any, calls: Sequence[Sequence[Pair]]) -> None:
@@ -164,7 +172,7 @@ def our_dpo_update(engine: Any, calls: Sequence[Sequence[Pair]], reference: dict
 
     def loss_of(pairs: Sequence[Pair]) -> torch.Tensor:
         nonlocal total
-        logps = response_logps(engine.model, batch_of(pairs), 1.0)
+        logps = response_logps(engine.model, batch_of(pairs, packed=engine.packed), 1.0)
         chosen, rejected = (logps - reference.setdefault(id(pairs), logps.detach())).chunk(2)
         loss = -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).sum() / count
         total += loss.item()
@@ -196,10 +204,8 @@ def compare(pairs: Sequence[Pair], args: argparse.Namespace) -> list[Row]:
     from rlhf_pipeline.core.logps import install
     from tensor_bytes import peak_bytes
 
-    plain = make_model(hidden_size=args.hidden_size, layers=args.layers)
-    taught, packing = (
-        make_model(hidden_size=args.hidden_size, layers=args.layers, attention=name) for name in ("sdpa", "packed")
-    )
+    sizes = {"hidden_size": args.hidden_size, "layers": args.layers, "vocabulary": args.vocabulary}
+    plain, taught, packing = (make_model(**sizes, attention=name) for name in ("sdpa", "sdpa", "packed"))
     install(taught)
     install(packing)
     calls = calls_of(pairs, args.micro_batch_tokens)
@@ -208,6 +214,11 @@ def compare(pairs: Sequence[Pair], args: argparse.Namespace) -> list[Row]:
     ways: dict[str, tuple[Any, int, Callable[[], None]]] = {
         "fixed blocks": (plain, len(blocks), lambda: fixed_blocks(plain, blocks)),
         "ours, packed rows": (packing, len(pairs), lambda: ours(packing, packed, packed=True)),
+        "ours, packed, prompts twice": (
+            packing,
+            len(pairs),
+            lambda: ours(packing, packed, packed=True, prompts_twice=True),
+        ),
         "ours, padded rows": (taught, len(pairs), lambda: ours(taught, calls)),
         "padded, full log-softmax": (plain, len(pairs), lambda: full_log_softmax(plain, calls)),
         "padded, bare forward, backward": (plain, len(pairs), lambda: bare(plain, calls)),
@@ -232,11 +243,11 @@ def compare_with_trl(pairs: Sequence[Pair], args: argparse.Namespace) -> list[Ro
     from rlhf_pipeline.core.training.distributed import Engine
     from rlhf_pipeline.core.training.optim import make_optimizer
 
-    model = make_model(hidden_size=args.hidden_size, layers=args.layers)
+    model = make_model(hidden_size=args.hidden_size, layers=args.layers, vocabulary=args.vocabulary, attention="packed")
     install(model)
-    calls = calls_of(pairs, args.micro_batch_tokens)
+    calls = calls_of(pairs, args.micro_batch_tokens, packed=True)
     reference: dict[int, Any] = {}
-    engine = Engine(Accelerator(cpu=True), model, make_optimizer(model.parameters(), lr=1e-5))
+    engine = Engine(Accelerator(cpu=True), model, make_optimizer(model.parameters(), lr=1e-5), packed=True)
     times: dict[str, list[float]] = {"ours": [], "TRL": []}
 
     class Alternate(TrainerCallback):
@@ -288,7 +299,7 @@ def trl_trainer(pairs: Sequence[Pair], args: argparse.Namespace, folder: str, ca
         disable_tqdm=True,
     )
     return OnIds(
-        model=make_model(hidden_size=args.hidden_size, layers=args.layers),
+        model=make_model(hidden_size=args.hidden_size, layers=args.layers, vocabulary=args.vocabulary),
         args=settings,
         train_dataset=Dataset.from_list(rows),
         processing_class=build_tokenizer(["a b c"], 300),
@@ -302,15 +313,16 @@ def trl_trainer(pairs: Sequence[Pair], args: argparse.Namespace, folder: str, ca
 def describe(pairs: Sequence[Pair], args: argparse.Namespace) -> list[str]:
     real = sum(sum(pair.lengths) for pair in pairs)
     blocks = len(pairs) * 2 * (PROMPT_BLOCK + RESPONSE_BLOCK)
+    row = sum(sum(pair.in_a_row) for pair in pairs)
     padded = sum(
         2 * len(call) * max(max(pair.lengths) for pair in call) for call in calls_of(pairs, args.micro_batch_tokens)
     )
     means = [statistics.mean([len(getattr(pair, name)) for pair in pairs]) for name in ("prompt", "chosen", "rejected")]
     return [
         "{} pairs; mean tokens of prompt {:.0f}, chosen {:.0f}, rejected {:.0f}".format(len(pairs), *means),
-        f"tokens: {blocks:,} in blocks, {padded:,} in our calls, {real:,} real: "
-        f"blocks compute {blocks / padded:.1f} times the tokens of ours",
-        f"Llama with hidden size {args.hidden_size}, {args.layers} layers, {VOCABULARY:,} words, float32",
+        f"tokens: {real:,} real, {blocks:,} in blocks, {padded:,} in padded rows, {row:,} in packed rows: "
+        f"blocks compute {blocks / row:.1f} times the tokens of ours",
+        f"Llama with hidden size {args.hidden_size}, {args.layers} layers, {args.vocabulary:,} words, float32",
     ]
 
 
@@ -338,7 +350,7 @@ def machine() -> str:
 
 
 def on_cpu(args: argparse.Namespace) -> list[str]:
-    pairs = make_pairs(args.pairs)
+    pairs = make_pairs(args.pairs, vocabulary=args.vocabulary)
     lines = [*describe(pairs, args), "", *table(compare(pairs, args))]
     if not args.without_trl:
         lines += ["", *table(compare_with_trl(pairs, args)[::-1])]
@@ -362,6 +374,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--hidden_size", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--micro_batch_tokens", type=int, help="ours; default: one pair a call")
     parser.add_argument("--trl_pairs", type=int, default=1, help="TRL's pairs in one call")
     parser.add_argument("--without_trl", action="store_true")

@@ -65,7 +65,7 @@ def make_engine(size: Size, attention: str, device: torch.device) -> Any:
     from accelerate.state import AcceleratorState
     from transformers import AutoModelForCausalLM
 
-    from rlhf_pipeline.core.attention import register
+    from rlhf_pipeline.core.attention import register, takes_packed_rows
     from rlhf_pipeline.core.logps import install
     from rlhf_pipeline.core.training.distributed import Engine
     from rlhf_pipeline.core.training.optim import make_optimizer
@@ -82,7 +82,10 @@ def make_engine(size: Size, attention: str, device: torch.device) -> Any:
     AcceleratorState._reset_state(reset_partial_state=True)  # each model has its own precision
     accelerator = Accelerator(mixed_precision="bf16" if size.updates else "no", cpu=device.type == "cpu")
     optimizer = make_optimizer(model.parameters(), lr=1e-6) if size.updates else None
-    return Engine(accelerator, *(accelerator.prepare(model, optimizer) if optimizer else (model, None)))
+    packed = takes_packed_rows(model)
+    if optimizer is not None:
+        model, optimizer = accelerator.prepare(model, optimizer)
+    return Engine(accelerator, model, optimizer, packed)
 
 
 def our_calls(engine: Any, pairs: Sequence[Any], tokens: int) -> list[Callable[[], torch.Tensor]]:
@@ -97,7 +100,7 @@ def our_calls(engine: Any, pairs: Sequence[Any], tokens: int) -> list[Callable[[
         batch = collate(prompts + prompts, responses, packed=engine.packed, device=engine.device)
         return response_logps(engine.model, batch, TEMPERATURE).sum()
 
-    lengths = [pair.lengths for pair in pairs]
+    lengths = [pair.in_a_row if engine.packed else pair.lengths for pair in pairs]
     [plan] = plan_calls(lengths, world_size=1, max_tokens=tokens, packed=engine.packed)
     return [lambda indices=call.indices: compute(indices) for call in plan]  # type: ignore[misc]
 

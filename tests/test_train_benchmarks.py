@@ -42,6 +42,9 @@ def test_every_way_that_the_benchmark_times_computes_the_same_gradients(benchmar
     for ways in found:
         for name, gradient in expected.items():
             assert torch.allclose(ways[name], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max())), name
+    [pair] = pairs
+    sizes = [train.batch_of(pairs, packed=True, prompts_twice=twice).input_ids.numel() for twice in (False, True)]
+    assert sizes == [sum(pair.in_a_row), sum(pair.lengths)]
 
 
 @pytest.mark.parametrize("updates", [True, False], ids=["whole updates", "forward and backward"])
@@ -85,7 +88,7 @@ def test_a_gpu_takes_the_memory_that_is_estimated(benchmark, checkpointing):
     train_gpu.run(engine, run)
     torch.cuda.synchronize()
     labels = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
-    call = Call(sum(sum(pair.lengths) for pair in pairs), labels)
+    call = Call(sum(sum(pair.in_a_row) for pair in pairs), labels, sum(sum(pair.lengths) for pair in pairs))
     shape = Shape(engine.model.num_parameters(), 2048, 8192, 16, 2048, 512, size.vocabulary)
     found = estimate(shape, call, "zero 2", processes=1, half=True, checkpointing=checkpointing)
     counted = torch.cuda.max_memory_allocated() - before

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import tyro
 
 from rlhf_pipeline.core import models, provenance, storage
-from rlhf_pipeline.core.batches import MicroBatch, order_of_rows, plan_calls
+from rlhf_pipeline.core.batches import MicroBatch, order_of_rows
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import RUN, BadUse, How, RunFlags, What, entry, fields_with_roles, what_fields
 from rlhf_pipeline.core.files import write_json
@@ -47,7 +47,7 @@ from rlhf_pipeline.core.training.distributed import (
 )
 from rlhf_pipeline.core.training.optim import count_updates, learning_rate, set_learning_rate
 from rlhf_pipeline.core.training.pairs import PairData, load_comparisons
-from rlhf_pipeline.core.training.passes import Limits, pair_batch, split_pass
+from rlhf_pipeline.core.training.passes import Limits, pair_batch, plan_pairs, split_pass
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -207,13 +207,7 @@ def train_reward(engine: Engine, plan: Plan, config: Config) -> None:
 
 def run_update(engine: Engine, data: PairData, indices: npt.NDArray[np.int64], config: Config) -> dict[str, float]:
     """One optimizer step on the pairs `indices`. Returns the means of WATCHED over them and the gradient norm."""
-    limits = limits_of(config)
-    calls = plan_calls(
-        data.lengths()[indices],
-        world_size=engine.world_size,
-        max_pairs=limits.max_pairs,
-        max_tokens=limits.max_tokens,
-    )
+    calls = plan_pairs(engine, data, indices, limits_of(config))
     sums = torch.zeros(len(WATCHED), dtype=torch.float64, device=engine.device)
 
     def loss_of(call: MicroBatch) -> torch.Tensor:

@@ -24,7 +24,7 @@ import tyro
 
 from rlhf_pipeline.core import hub, models, provenance, storage
 from rlhf_pipeline.core.attention import PACKING
-from rlhf_pipeline.core.batches import MicroBatch, order_of_rows, plan_calls
+from rlhf_pipeline.core.batches import MicroBatch, order_of_rows
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import (
     RUN,
@@ -76,6 +76,7 @@ from rlhf_pipeline.core.training.passes import (
     mismatch,
     mismatched_log_ratio,
     pair_logps,
+    plan_pairs,
     split_logps,
 )
 from rlhf_pipeline.core.training.reference import given_logps, reference_logps
@@ -294,10 +295,13 @@ def print_cost(plan: Plan, config: Config) -> None:
     gpus = config.gpus or (promised_world_size() if promised_world_size() > 1 else 8)
     model_config = models.load_config(plan.model.folder, trust_remote_code=config.trust_remote_code)
     kind = models.choose_attention(config.attn_implementation, model_config, half_precision=True, can_pack=True)
-    call, tokens, padding = memory.largest_call(
+    call, tokens, computed = memory.largest_call(
         plan.train, config.batch_size, gpus, limits_of(config), packed=kind in PACKING, seed=config.seed
     )
-    say(f"update     {tokens:,.0f} tokens on average, {padding:.0%} padding more; largest call {call.tokens:,} tokens")
+    change = (
+        f"{computed - 1:.0%} more with padding" if computed >= 1 else f"{1 - computed:.0%} fewer with prompts shared"
+    )
+    say(f"update     {tokens:,.0f} tokens on average, {change}; largest call {call.tokens:,} tokens")
     shape = memory.shape_of(plan.model.folder, trust_remote_code=config.trust_remote_code)
     if shape is None:
         say(f"memory     can't be said for {model_config.model_type}: no decoder with RMS norms and a gated MLP")
@@ -429,13 +433,7 @@ def run_update(
 ) -> dict[str, float]:
     """One optimizer step on the pairs `indices`. Returns the means of WATCHED over them and the gradient norm."""
     limits = limits_of(config)
-    calls = plan_calls(
-        split.data.lengths()[indices],
-        world_size=engine.world_size,
-        max_pairs=limits.max_pairs,
-        max_tokens=limits.max_tokens,
-        packed=engine.packed,
-    )
+    calls = plan_pairs(engine, split.data, indices, limits)
     mismatched = mismatched_log_ratio(engine, split, indices, temperature=plan.temperature, limits=limits)
     sums = torch.zeros(len(WATCHED), dtype=torch.float64, device=engine.device)
 

@@ -18,7 +18,7 @@ def test_a_row_is_prompt_and_response_without_a_gap_then_padding():
     assert batch.positions.tolist() == [2, 3, 5]
     assert batch.labels.tolist() == [8, 9, 2]
     assert batch.rows.tolist() == [0, 0, 1]
-    assert batch.longest == 5
+    assert batch.packing is None
     assert {value.dtype for value in vars(batch).values() if isinstance(value, torch.Tensor)} == {torch.int64}
 
 
@@ -28,14 +28,33 @@ def test_a_packed_batch_is_one_row_without_padding():
     batch = collate([[5, 6, 7], [1]], [[8, 9], [2]], packed=True)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 1, 2]]
     assert batch.position_ids is not None
-    assert batch.boundaries is not None
+    assert batch.packing is not None
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1]]
-    assert batch.boundaries.tolist() == [0, 5, 7]
-    assert batch.boundaries.dtype == torch.int32
+    assert batch.packing.boundaries.tolist() == [0, 5, 7]
+    assert batch.packing.boundaries.dtype == torch.int32
+    assert batch.packing.longest == 5
+    assert batch.packing.expand is None
     assert batch.positions.tolist() == [2, 3, 5]
     assert batch.labels.tolist() == [8, 9, 2]
     assert batch.rows.tolist() == [0, 0, 1]
-    assert batch.longest == 5
+
+
+def test_a_prompt_that_sequences_share_stands_in_a_packed_row_once():
+    """End to end the sequences are 5 6 8 9 | 7 4 | 5 6 3: nine tokens, of which 5 6 come again at places 6 and 7. Seven
+    are in the row; the last prompt token predicts both 8 and 3, the one before the response 4 is at place 4."""
+    batch = collate([[5, 6], [7], np.array([5, 6], dtype=np.int32)], [[8, 9], [4], [3]], packed=True)
+    assert batch.input_ids.tolist() == [[5, 6, 8, 9, 7, 4, 3]]
+    assert batch.position_ids is not None
+    assert batch.packing is not None
+    assert batch.packing.expand is not None
+    assert batch.packing.keep is not None
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
+    assert batch.packing.boundaries.tolist() == [0, 4, 6, 9]
+    assert batch.packing.expand.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 6]
+    assert batch.packing.keep.tolist() == [0, 1, 2, 3, 4, 5, 8]
+    assert batch.positions.tolist() == [1, 2, 4, 1]
+    assert batch.labels.tolist() == [8, 9, 4, 3]
+    assert batch.rows.tolist() == [0, 0, 1, 2]
 
 
 def test_an_empty_response_has_no_labels_and_an_empty_prompt_is_refused():

@@ -1,19 +1,21 @@
 """Attention over packed rows: sequences stand end to end in one row and each sees itself alone.
 
-No layer of the model then computes padding, on any device. On a CUDA GPU the kernel is torch's own varlen attention,
-elsewhere causal attention one sequence after the other. transformers finds it by the name PACKED once `register` was
-called; flash_attention_2 takes the same rows by itself.
+No layer of the model then computes padding, on any device, and none but attention a shared prompt twice: only there
+are prompts put back before each of their responses. On a CUDA GPU torch's own varlen attention computes it, elsewhere
+causal attention one sequence after the other. transformers finds it by the name PACKED once `register` was called,
+which also teaches flash_attention_2 to take such rows.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_pipeline.core.batches import collate
+from rlhf_pipeline.core.batches import Packing, collate
 from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.logps import token_logps
 
@@ -32,16 +34,39 @@ def takes_packed_rows(model: Any) -> bool:
 
 
 def register() -> None:
-    """Make PACKED a name that from_pretrained(attn_implementation=) knows."""
+    """Make PACKED a name that from_pretrained(attn_implementation=) knows; flash_attention_2 takes packed rows too."""
     from transformers import AttentionInterface
+    from transformers.integrations.flash_attention import flash_attention_forward
     from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(PACKED, packed_attention)
     AttentionMaskInterface.register(PACKED, _no_mask)
+    AttentionInterface.register("flash_attention_2", functools.partial(flash_attention, flash_attention_forward))
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
     """A packed row needs none; a dense one would grow with the square of its length."""
+
+
+def flash_attention(
+    attend: Callable[..., tuple[Tensor, None]],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packing: Packing | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' `attend` for flash_attention_2 on a packed row, or on what it was made for."""
+    if packing is None:
+        return attend(module, query, key, value, attention_mask, **kwargs)
+    query, key, value = _expanded(packing, query, key, value)
+    kwargs |= {"cu_seq_lens_q": packing.boundaries, "cu_seq_lens_k": packing.boundaries}
+    kwargs |= {"max_length_q": packing.longest, "max_length_k": packing.longest}
+    output, _ = attend(module, query, key, value, None, **kwargs)
+    return _kept(packing, output), None
 
 
 def packed_attention(
@@ -53,19 +78,18 @@ def packed_attention(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int | None = None,
+    packing: Packing | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """(1, T, heads, D) of query (1, heads, T, D) and key, value (1, key heads, T, D), causal within each sequence.
 
-    Raises BadUse for what it can't compute, so that no model is ever computed wrongly: a row whose boundaries did not
+    Raises BadUse for what it can't compute, so that no model is ever computed wrongly: a row whose packing did not
     reach it, dropout, and CHANGES.
     """
     asked = [name for name in CHANGES if kwargs.get(name) is not None] + ["dropout"] * (dropout > 0)
-    if cu_seq_lens_q is None or max_length_q is None:
+    if packing is None:
         asked.append("rows that are not packed")
-    if asked or cu_seq_lens_q is None or max_length_q is None:
+    if asked or packing is None:
         raise BadUse(
             f"--attn_implementation {PACKED}: {type(module).__name__} wants {', '.join(asked)}, which it can't "
             "compute; pass sdpa or eager."
@@ -73,6 +97,23 @@ def packed_attention(
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings give float32 back
         half = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(half), key.to(half), value.to(half)
+    query, key, value = _expanded(packing, query, key, value)
+    output = _attend(query, key, value, packing, scaling)
+    return _kept(packing, output), None
+
+
+def _expanded(packing: Packing, *parts: Tensor) -> tuple[Tensor, ...]:
+    """Each part (1, heads, T, D) as (1, heads, E, D), with every sequence's prompt."""
+    return parts if packing.expand is None else tuple(part.index_select(2, packing.expand) for part in parts)
+
+
+def _kept(packing: Packing, output: Tensor) -> Tensor:
+    """(1, T, heads, D) of (1, E, heads, D)."""
+    return output if packing.keep is None else output.index_select(1, packing.keep)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None) -> Tensor:
+    """(1, E, heads, D) of query (1, heads, E, D) and key, value (1, key heads, E, D)."""
     grouped = query.shape[1] != key.shape[1]
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
@@ -81,22 +122,22 @@ def packed_attention(
             query[0].transpose(0, 1),
             key[0].transpose(0, 1),
             value[0].transpose(0, 1),
-            cu_seq_lens_q,
-            cu_seq_lens_q,
-            max_length_q,
-            max_length_q,
+            packing.boundaries,
+            packing.boundaries,
+            packing.longest,
+            packing.longest,
             scale=scaling,
             window_size=(-1, 0),
             enable_gqa=grouped,
         )
-        return torch.unsqueeze(output, 0), None  # type: ignore[arg-type]
-    lengths = cu_seq_lens_q.diff().tolist()
+        return torch.unsqueeze(output, 0)  # type: ignore[arg-type]
+    lengths = packing.boundaries.diff().tolist()
     sequences = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     outputs = [
         nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
         for q, k, v in sequences
     ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 @functools.cache
@@ -127,7 +168,7 @@ def check_packed(model: nn.Module, device: torch.device) -> None:
     Convolutions and recurrent layers, for example, know nothing of boundaries. `model` has `logps.install`; under an
     engine the call is collective.
     """
-    prompts = [[1, 2, 3, 1, 2, 3, 1], [2, 1]]
+    prompts = [[1, 2], [1, 2]]
     found = [
         token_logps(model, collate(prompts, [[neighbour] * 7, [3, 1, 2]], packed=True, device=device), 1.0)[7:]
         for neighbour in (0, 3)

@@ -2,14 +2,15 @@
 
 A sequence is prompt and response without a gap. A padded batch has a row for each sequence, with padding on the right:
 under a causal mask no real token can see it, so its ids are only data, replaced by one that every embedding has. A
-packed batch has one row in which the sequences stand end to end, for attention that keeps them apart.
+packed batch has one row in which the sequences stand end to end, for attention that keeps them apart. A prompt that
+several of them have stands there once, as a pair's responses do not change what the layers make of their prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +22,28 @@ FILL_ID = 0
 TokenIds = Sequence[int] | npt.NDArray[np.integer]
 
 
+class Packing(NamedTuple):
+    """Where the sequences of a packed row are, for the attention that keeps them apart.
+
+    The row has T tokens, the sequences with all their prompts have E.
+    """
+
+    boundaries: torch.Tensor
+    """(B + 1,) int32: where each sequence begins among the E tokens, and E"""
+    longest: int
+    """tokens of the longest sequence"""
+    expand: torch.Tensor | None
+    """(E,) int64: the place in the row of each token of the sequences; None where no prompt is shared, E = T"""
+    keep: torch.Tensor | None
+    """(T,) int64: of each token of the row, its first place among the E"""
+
+
 @dataclass(frozen=True)
 class Batch:
     """B sequences, and where their M response tokens are, sequence after sequence."""
 
     input_ids: torch.Tensor
-    """(B, T) int64, right-padded to the longest, or packed (1, T), T the sum of all lengths"""
+    """(B, T) int64, right-padded to the longest, or packed (1, T)"""
     prompt_lengths: torch.Tensor
     """(B,) int64, tokens"""
     response_lengths: torch.Tensor
@@ -37,19 +54,19 @@ class Batch:
     """(M,) int64: the response tokens"""
     rows: torch.Tensor
     """(M,) int64: the sequence of each response token"""
-    longest: int
-    """Tokens of the longest sequence."""
     position_ids: torch.Tensor | None = None
     """(1, T) int64, of a packed batch: each token's place in its own sequence"""
-    boundaries: torch.Tensor | None = None
-    """(B + 1,) int32, of a packed batch: where each sequence begins, and the end of the last"""
+    packing: Packing | None = None
+    """of a packed batch"""
 
     def to(self, device: torch.device | str) -> Batch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {
-            name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)
-        }
-        return replace(self, **moved)
+        def moved(value: Any) -> Any:
+            return value.to(device) if isinstance(value, torch.Tensor) else value
+
+        values = {field.name: moved(getattr(self, field.name)) for field in fields(self)}
+        if self.packing is not None:
+            values["packing"] = Packing(*map(moved, self.packing))
+        return Batch(**values)
 
 
 def collate(
@@ -82,7 +99,6 @@ def collate(
     rows = np.repeat(np.arange(len(lengths)), response_lengths)
     within = np.arange(len(rows)) - (np.cumsum(response_lengths) - response_lengths)[rows]
     of_response = begins[rows] + prompt_lengths[rows] + within
-    position_ids = np.arange(shape[1]) - np.repeat(begins, lengths) if packed else None
     batch = Batch(
         input_ids=torch.from_numpy(ids),
         prompt_lengths=torch.from_numpy(prompt_lengths),
@@ -90,11 +106,31 @@ def collate(
         positions=torch.from_numpy(of_response - 1),
         labels=torch.from_numpy(flat[of_response]),
         rows=torch.from_numpy(rows),
-        longest=int(lengths.max()),
-        position_ids=None if position_ids is None else torch.from_numpy(position_ids)[None],
-        boundaries=torch.from_numpy(np.append(0, ends).astype(np.int32)) if packed else None,
     )
-    return batch.to(device)
+    return (_pack(batch, prompts, begins, lengths) if packed else batch).to(device)
+
+
+def _pack(
+    batch: Batch, prompts: Sequence[TokenIds], begins: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
+) -> Batch:
+    """`batch`, whose sequences stand end to end with all their prompts, as a packed one."""
+    places = np.arange(lengths.sum())
+    first_alike = places.copy()
+    first: dict[bytes, int] = {}
+    for prompt, begin in zip(prompts, begins, strict=True):
+        seen = first.setdefault(np.asarray(prompt, dtype=np.int64).tobytes(), begin)
+        first_alike[begin : begin + len(prompt)] = np.arange(seen, seen + len(prompt))
+    kept = np.flatnonzero(first_alike == places)
+    keep, expand = torch.from_numpy(kept), torch.from_numpy(np.searchsorted(kept, first_alike))
+    shared = len(kept) < len(places)
+    boundaries = torch.from_numpy(np.append(begins, len(places)).astype(np.int32))
+    return replace(
+        batch,
+        input_ids=batch.input_ids[:, keep],
+        positions=expand[batch.positions],
+        position_ids=torch.from_numpy(places - np.repeat(begins, lengths))[None, keep],
+        packing=Packing(boundaries, int(lengths.max()), *((expand, keep) if shared else (None, None))),
+    )
 
 
 @dataclass(frozen=True)

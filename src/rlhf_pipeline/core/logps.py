@@ -29,10 +29,7 @@ def token_logps(model: nn.Module, batch: Batch, temperature: float) -> Tensor:
 
     One call of `model`, which may be wrapped by an engine. float32 (float64 for a float64 model).
     """
-    packing: dict[str, Any] = {}
-    if batch.boundaries is not None:  # the names by which transformers hands them to attention
-        packing = {"position_ids": batch.position_ids, "max_length_q": batch.longest, "max_length_k": batch.longest}
-        packing |= {"cu_seq_lens_q": batch.boundaries, "cu_seq_lens_k": batch.boundaries}
+    packed = {} if batch.packing is None else {"position_ids": batch.position_ids, "packing": batch.packing}
     # No attention mask: padding is on the right, where no token under a causal mask looks, and without one
     # kernels are faster.
     result: Tensor = model(
@@ -40,7 +37,7 @@ def token_logps(model: nn.Module, batch: Batch, temperature: float) -> Tensor:
         label_positions=batch.positions,
         label_ids=batch.labels,
         temperature=temperature,
-        **packing,
+        **packed,
     )
     return result
 

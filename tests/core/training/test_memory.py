@@ -45,7 +45,8 @@ def test_a_call_takes_what_is_estimated_to_15_percent(kind, checkpointing, dtype
     run()
     optimizer.step()
     shape = Shape(model.num_parameters(), hidden=128, inner=384, layers=4, query=128, key=64, vocabulary=3000)
-    call = Call(batch.input_ids.numel(), len(batch.labels))
+    attended = sum(map(len, prompts)) + sum(map(len, responses))
+    call = Call(batch.input_ids.numel(), len(batch.labels), attended if kind == "packed" else batch.input_ids.numel())
     half = dtype == torch.bfloat16
     # bf16 weights without a float32 copy are DeepSpeed's case; what each of its processes holds is tested below
     found = estimate(

@@ -39,6 +39,8 @@ class Engine:
     model: torch.nn.Module
     """Call it: what is around the model (DDP, DeepSpeed) gathers and reduces only in its own forward."""
     optimizer: Any
+    packed: bool = False
+    """Whether plans count real tokens and batches are packed rows."""
 
     @property
     def device(self) -> torch.device:
@@ -51,11 +53,6 @@ class Engine:
     @property
     def world_size(self) -> int:
         return self.accelerator.num_processes
-
-    @property
-    def packed(self) -> bool:
-        """Whether plans count real tokens and batches are packed rows."""
-        return takes_packed_rows(self.accelerator.unwrap_model(self.model))
 
 
 def make_accelerator(*, max_grad_norm: float | None) -> Accelerator:
@@ -208,8 +205,10 @@ def make_engine(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     stepping = make_optimizer(model.parameters(), **optimizer)
     say_launch(accelerator, attention)
-    engine = Engine(accelerator, *accelerator.prepare(model, stepping))
-    if can_pack and engine.packed:
+    packed = can_pack and takes_packed_rows(model)
+    model, stepping = accelerator.prepare(model, stepping)
+    engine = Engine(accelerator, model, stepping, packed)
+    if packed:
         check_packed(engine.model, engine.device)
     return engine
 

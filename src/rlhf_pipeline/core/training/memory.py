@@ -7,6 +7,7 @@ keys, the values and attention's output; and four stages of the MLP:
 
     2 (3 T H) + (2 T N + 2 T K) + 4 T I
 
+Where prompts are shared, attention's part is of the tokens with all their prompts, and T N more for its output without.
 tests/core/training/test_memory.py counts the bytes of real tensors against it.
 """
 
@@ -57,6 +58,8 @@ class Call:
     """padding included"""
     labels: int
     """response tokens"""
+    attended: int
+    """tokens that attention sees: of a packed row, shared prompts as often as they are shared"""
 
 
 @dataclass(frozen=True)
@@ -106,17 +109,20 @@ def shape_of(folder: Path, *, trust_remote_code: bool = False) -> Shape | None:
 def largest_call(
     data: PairData, batch_size: int, processes: int, limits: Limits, *, packed: bool, seed: int, updates: int = 32
 ) -> tuple[Call, float, float]:
-    """(the largest call, real tokens of an update, share of padding on top) over the first `updates` updates.
+    """(the largest call, tokens of an update, share that is computed of them) over the first `updates` updates.
+
+    Tokens are real ones, of prompts with each of their responses. Padding makes the share larger than 1, shared prompts
+    make it smaller.
 
     Without a limit on tokens the call may be of the longest pair of all.
     """
-    lengths = data.lengths()
+    lengths, costs = data.lengths(), data.lengths(packed=packed)
     responses = np.array([len(c) + len(r) for c, r in zip(data.chosen, data.rejected, strict=True)])
     order = order_of_rows(len(data), min(updates, len(data) // batch_size), batch_size, seed)
-    computed, largest = 0, Call(0, 0)
+    computed, largest = 0, Call(0, 0, 0)
     for indices in order:
         plan = plan_calls(
-            lengths[indices],
+            costs[indices],
             world_size=processes,
             max_pairs=limits.max_pairs,
             max_tokens=limits.max_tokens,
@@ -124,10 +130,12 @@ def largest_call(
         )
         for call in (call for rank in plan for call in rank):
             computed += call.tokens
-            labels = int(responses[indices[list(call.indices)]].sum())
-            largest = max(largest, Call(call.tokens, labels), key=lambda one: one.tokens)
+            rows = indices[list(call.indices)]
+            attended = int(lengths[rows].sum()) if packed else call.tokens
+            one = Call(call.tokens, int(responses[rows].sum()), attended)
+            largest = max(largest, one, key=lambda call: call.tokens)
     real = int(lengths[order].sum())
-    return largest, real / len(order), computed / real - 1.0
+    return largest, real / len(order), computed / real
 
 
 def table(shape: Shape, call: Call, *, processes: int, checkpointing: bool, trained: int | None = None) -> list[str]:
@@ -220,11 +228,14 @@ def activations(shape: Shape, call: Call, *, half: bool, autocast: bool, checkpo
     width = 2 if half else 4
     norm_input = 4 if autocast or not half else 2  # what a checkpointed layer keeps
     per_norm = shape.hidden * (4 + width + (4 if autocast else width))
-    layer = 2 * per_norm + width * (2 * shape.query + 2 * shape.key + 4 * shape.inner)
+    layer = call.tokens * (2 * per_norm + width * 4 * shape.inner)
+    layer += call.attended * width * (2 * shape.query + 2 * shape.key)
+    if call.attended > call.tokens:  # attention's output without the prompts that were put back
+        layer += call.tokens * width * shape.query
     last_norm = per_norm - width * shape.hidden  # of its scaled values only those before a response token are kept
-    each = norm_input * shape.hidden if checkpointing else layer
-    kept = call.tokens * (shape.layers * each + last_norm) + call.labels * shape.hidden * width
-    differentiated = call.tokens * (2 * width * shape.inner + (layer if checkpointing else 0))
+    each = call.tokens * norm_input * shape.hidden if checkpointing else layer
+    kept = shape.layers * each + call.tokens * last_norm + call.labels * shape.hidden * width
+    differentiated = call.tokens * 2 * width * shape.inner + (layer if checkpointing else 0)
     return kept, differentiated
 
 

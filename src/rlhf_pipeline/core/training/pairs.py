@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -55,12 +56,15 @@ class PairData:
 
         return PairData(**{field.name: taken(getattr(self, field.name)) for field in fields(self)})
 
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """(n, 2) tokens of prompt + chosen and of prompt + rejected."""
-        sizes = [
-            (len(p) + len(c), len(p) + len(r)) for p, c, r in zip(self.prompt, self.chosen, self.rejected, strict=True)
-        ]
-        return np.array(sizes, dtype=np.int64)
+    def lengths(self, *, packed: bool = False) -> npt.NDArray[np.int64]:
+        """(n, 2) tokens of prompt + chosen and of prompt + rejected; packed: (n, 1) of all three, in one row."""
+        prompt, *responses = self._sizes
+        return np.stack([prompt + sum(responses)] if packed else [prompt + response for response in responses], axis=1)
+
+    @functools.cached_property
+    def _sizes(self) -> tuple[npt.NDArray[np.int64], ...]:
+        columns = (self.prompt, self.chosen, self.rejected)
+        return tuple(np.array([len(ids) for ids in column], dtype=np.int64) for column in columns)
 
     def margins(self) -> npt.NDArray[np.float64]:
         """(n,) reward_margin: chosen minus rejected."""

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rlhf_pipeline.core.batches import Batch, collate, plan_calls
+from rlhf_pipeline.core.batches import Batch, MicroBatch, collate, plan_calls
 from rlhf_pipeline.core.logps import response_logps
 from rlhf_pipeline.core.training.distributed import Engine, sum_over_ranks
 from rlhf_pipeline.core.training.losses import Pairs
@@ -27,7 +27,7 @@ class Limits:
 
     max_pairs: int | None
     max_tokens: int | None
-    """Tokens, padding included, of both responses with their prompts."""
+    """Tokens that are computed, padding included."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,19 @@ def mismatch(data: PairData) -> PairData:
         return responses[half:] + responses[:half]
 
     return dataclasses.replace(data, chosen=turned(data.chosen), rejected=turned(data.rejected))
+
+
+def plan_pairs(
+    engine: Engine, data: PairData, indices: npt.NDArray[np.int64], limits: Limits
+) -> list[list[MicroBatch]]:
+    """`plan_calls` of the pairs `indices`; a micro-batch's own indices count in `indices`."""
+    return plan_calls(
+        data.lengths(packed=engine.packed)[indices],
+        world_size=engine.world_size,
+        max_pairs=limits.max_pairs,
+        max_tokens=limits.max_tokens,
+        packed=engine.packed,
+    )
 
 
 def pair_batch(engine: Engine, data: PairData, indices: Sequence[int]) -> Batch:
@@ -95,13 +108,7 @@ def split_pass(
 
     Collective; `compute` makes one engine call, and every rank makes as many of them.
     """
-    plan = plan_calls(
-        data.lengths()[indices],
-        world_size=engine.world_size,
-        max_pairs=limits.max_pairs,
-        max_tokens=limits.max_tokens,
-        packed=engine.packed,
-    )
+    plan = plan_pairs(engine, data, indices, limits)
     result = torch.zeros(len(indices), 2, dtype=torch.float64, device=engine.device)
     was_training = engine.model.training
     engine.model.eval()
