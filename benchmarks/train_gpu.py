@@ -2,13 +2,14 @@
 
 `benchmarks/train.py --gpu` runs it. The 1B model makes whole updates of float32 weights under bf16 autocast; the 8B
 model, whose optimizer one GPU does not hold, forward and backward in bf16 with gradient checkpointing. Tokens are real
-ones, padding not counted, and so are the FLOPs of MFU: 6 for each weight that multiplies a token, the head's for
-response tokens alone, and 6 H (L + 1) for a layer's attention in a sequence of L tokens; what checkpointing computes
-again does not count.
+ones, padding not counted. The FLOPs of MFU are those that the pairs need, whoever computes more: 6 for each weight and
+token, a pair's prompt counted once, the head's for response tokens alone, and 6 H (L + 1) for a layer's attention in a
+sequence of L tokens; what checkpointing computes again does not count.
 """
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -156,7 +157,7 @@ def model_flops(size: Size, pairs: Sequence[Any]) -> float:
     labels = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
     attention = sum(6 * size.hidden * length * (length + 1) for length in lengths)
     return (
-        6.0 * size.layers * layer * sum(lengths)
+        6.0 * size.layers * layer * sum(sum(pair.in_a_row) for pair in pairs)
         + size.layers * attention
         + 6.0 * size.vocabulary * size.hidden * labels
     )
@@ -192,6 +193,7 @@ def compare(name: str, size: Size, pairs: Sequence[Any], device: torch.device, *
         rate = sum(sum(pair.lengths) for pair in used) / seconds
         lines.append(f"{name:5} {way:13} {attention:18} {rate:10,.0f} tokens/s  MFU {mfu:>6}  peak {memory}")
         del engine, calls
+        gc.collect()  # the model's own methods hold it
         if available:
             torch.cuda.empty_cache()
     return [f"{name}: {len(pairs)} pairs, {real:,} real tokens, calls of {tokens:,}", *lines]

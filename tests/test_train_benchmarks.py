@@ -59,11 +59,11 @@ def test_the_gpu_benchmark_runs_from_end_to_end_in_tiny(benchmark, updates):
 
 def test_the_flops_of_a_model_by_hand(benchmark):
     """One layer of H 4, I 8, two heads of which one key head, so 4 (8 + 4 + 24) = 144 weights; V 10, so a head of 40.
-    A pair of 3 and 4 tokens with 3 response tokens: 6 x 144 x 7, 6 x 40 x 3, and 6 x 4 x (3 x 4 + 4 x 5)."""
+    A pair of 3 and 4 tokens, 2 of them the prompt's: 6 x 144 x 5, 6 x 40 x 3, and 6 x 4 x (3 x 4 + 4 x 5)."""
     train, train_gpu = benchmark("train"), benchmark("train_gpu")
     size = train_gpu.Size(4, 8, 1, 2, 1, tied=False, updates=False, vocabulary=10)
     pair = train.Pair([1, 2], [3], [4, 5])
-    assert train_gpu.model_flops(size, [pair]) == 6 * 144 * 7 + 6 * 40 * 3 + 6 * 4 * (12 + 20)
+    assert train_gpu.model_flops(size, [pair]) == 6 * 144 * 5 + 6 * 40 * 3 + 6 * 4 * (12 + 20)
 
 
 @pytest.mark.gpu

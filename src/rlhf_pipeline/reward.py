@@ -33,9 +33,9 @@ from rlhf_pipeline.core.files import write_json
 from rlhf_pipeline.core.progress import Metrics, duration, is_main, say
 from rlhf_pipeline.core.reward_model import REWARD_OFFSET, draw_reward_model, load_reward_model, rewards
 from rlhf_pipeline.core.training import checkpoints
+from rlhf_pipeline.core.training.checks import check_room, check_same_tokenizer, check_settings
 from rlhf_pipeline.core.training.distributed import (
     Engine,
-    check_accumulation,
     clean_exit,
     describe_launch,
     load_dtype,
@@ -46,7 +46,7 @@ from rlhf_pipeline.core.training.distributed import (
     sum_over_ranks,
 )
 from rlhf_pipeline.core.training.optim import count_updates, learning_rate, set_learning_rate
-from rlhf_pipeline.core.training.pairs import PairData, load_comparisons
+from rlhf_pipeline.core.training.pairs import TOKENS, PairData, load_comparisons
 from rlhf_pipeline.core.training.passes import Limits, pair_batch, plan_pairs, split_pass
 
 if TYPE_CHECKING:
@@ -125,6 +125,8 @@ def make_plan(config: Config) -> Plan:
     model = models.resolve_model(config.base_model, flag="--base_model", chat_template=True)
     chat = Chat.load(model.folder, flag="--base_model")
     source = storage.open_source(config.input_repo, flag="--input_repo")
+    if set(TOKENS) <= set(source.columns):
+        check_same_tokenizer(source, chat, config.base_model)
     every = load_comparisons(source, chat)
     train = without_equal(every, source.name, config.drop_equal)
     test = None
@@ -267,16 +269,8 @@ def calibration(margins: npt.NDArray[np.float64]) -> dict[str, Any]:
     }
 
 
-def check_values(config: Config) -> None:
-    """Raise BadUse for values that can't be meant, before anything is read."""
-    for name in ("batch_size", "lr", "epochs"):
-        if getattr(config, name) <= 0:
-            raise BadUse(f"--{name} is {getattr(config, name)}; expected a number above 0.")
-    check_accumulation(config.batch_size, config.per_device_train_batch_size)
-
-
 def main(config: Config) -> Path:
-    check_values(config)
+    check_settings(config)
     pending = config.run.pending_rows()
     if config.run.check and {config.input_repo, config.base_model} & pending.keys():
         check_pending(config, pending)
@@ -286,6 +280,8 @@ def main(config: Config) -> Path:
     folder = Path(config.output_dir)
     state = storage.run_state(folder, plan.identity, overwrite=config.run.overwrite)
     say(f"output     {folder}: {state}")
+    if state != "done":
+        say(f"disk       {check_room(folder, plan.model.folder, config, updates=plan.updates)}")
     if config.run.check or state == "done":
         return folder
     with storage.run_lock(folder) if is_main() else contextlib.nullcontext():
@@ -295,7 +291,9 @@ def main(config: Config) -> Path:
             storage.start_run(folder, plan.identity, overwrite=config.run.overwrite)
             if not fresh.exists():
                 draw_reward_model(models.fetch_weights(plan.model, flag="--base_model"), fresh, seed=config.seed)
-        engine = load(make_accelerator(max_grad_norm=config.max_grad_norm), fresh, config)
+        accelerator = make_accelerator(max_grad_norm=config.max_grad_norm)
+        accelerator.wait_for_everyone()  # rank 0 may still draw; under an Accelerator it would draw with all of them
+        engine = load(accelerator, fresh, config)
         train_reward(engine, plan, config)
         offset, report = judge(engine, plan, config)
         save(engine, fresh, plan, config, offset, report)

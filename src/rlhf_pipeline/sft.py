@@ -24,14 +24,14 @@ import tyro
 from rlhf_pipeline.core import models, provenance, storage
 from rlhf_pipeline.core.batches import MicroBatch, collate, order_of_rows, plan_calls
 from rlhf_pipeline.core.chat import Chat
-from rlhf_pipeline.core.command import RUN, BadUse, How, RunFlags, What, entry, fields_with_roles, what_fields
+from rlhf_pipeline.core.command import RUN, How, RunFlags, What, entry, fields_with_roles, what_fields
 from rlhf_pipeline.core.logps import install, token_logps
 from rlhf_pipeline.core.progress import Metrics, duration, is_main, read_metrics, say
 from rlhf_pipeline.core.training import checkpoints
+from rlhf_pipeline.core.training.checks import check_room, check_settings
 from rlhf_pipeline.core.training.conversations import Demonstrations, load_demonstrations
 from rlhf_pipeline.core.training.distributed import (
     Engine,
-    check_accumulation,
     clean_exit,
     describe_launch,
     load_dtype,
@@ -212,16 +212,8 @@ def run_update(
     return float(sum_over_ranks(engine.accelerator, seen)), norm, int(lengths.sum())
 
 
-def check_values(config: Config) -> None:
-    """Raise BadUse for values that can't be meant, before anything is read."""
-    for name in ("batch_size", "lr", "epochs"):
-        if getattr(config, name) <= 0:
-            raise BadUse(f"--{name} is {getattr(config, name)}; expected a number above 0.")
-    check_accumulation(config.batch_size, config.per_device_train_batch_size)
-
-
 def main(config: Config) -> Path:
-    check_values(config)
+    check_settings(config)
     pending = config.run.pending_rows()
     if config.run.check and {config.input_repo, config.base_model} & pending.keys():
         check_pending(config, pending)
@@ -231,12 +223,15 @@ def main(config: Config) -> Path:
     folder = Path(config.output_dir)
     state = storage.run_state(folder, plan.identity, overwrite=config.run.overwrite)
     say(f"output     {folder}: {state}")
+    if state != "done":
+        say(f"disk       {check_room(folder, plan.model.folder, config, updates=plan.updates)}")
     if config.run.check or state == "done":
         return folder
     with storage.run_lock(folder) if is_main() else contextlib.nullcontext():
         started = time.monotonic()
         start = prepare_folder(plan, config)
         accelerator = make_accelerator(max_grad_norm=config.max_grad_norm)
+        accelerator.wait_for_everyone()  # rank 0 may still draw; under an Accelerator it would draw with all of them
         engine = load(accelerator, start, config)
         train_policy(engine, plan, config)
         save(engine, start, plan, config)

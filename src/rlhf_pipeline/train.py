@@ -39,10 +39,15 @@ from rlhf_pipeline.core.command import (
 from rlhf_pipeline.core.logps import install
 from rlhf_pipeline.core.progress import Metrics, duration, is_main, read_metrics, say
 from rlhf_pipeline.core.training import checkpoints, lora, losses, memory
-from rlhf_pipeline.core.training.checks import check_given_reference, check_same_prompts, check_same_tokenizer
+from rlhf_pipeline.core.training.checks import (
+    check_given_reference,
+    check_room,
+    check_same_prompts,
+    check_same_tokenizer,
+    check_settings,
+)
 from rlhf_pipeline.core.training.distributed import (
     Engine,
-    check_accumulation,
     clean_exit,
     describe_launch,
     from_main,
@@ -204,14 +209,11 @@ class Plan:
 
 def check_values(config: Config) -> None:
     """Raise BadUse for values that can't be meant, before anything is read."""
-    for name in ("batch_size", "lr", "epochs"):
-        if getattr(config, name) <= 0:
-            raise BadUse(f"--{name} is {getattr(config, name)}; expected a number above 0.")
+    check_settings(config)
     if config.sft_weight < 0:
         raise BadUse(f"--sft_weight is {config.sft_weight}; expected 0 or more.")
     if config.temperature is not None and config.temperature <= 0:
         raise BadUse(f"--temperature is {config.temperature}; expected a number above 0.")
-    check_accumulation(config.batch_size, config.per_device_train_batch_size, config.gradient_accumulation_steps)
     for name in LOSSES:
         if name != config.loss and getattr(config, name) != type(getattr(config, name))():
             raise BadUse(f"a --{name} flag is set, but --loss is {config.loss}: drop it, or pass --loss {name}.")
@@ -296,7 +298,13 @@ def print_cost(plan: Plan, config: Config) -> None:
     model_config = models.load_config(plan.model.folder, trust_remote_code=config.trust_remote_code)
     kind = models.choose_attention(config.attn_implementation, model_config, half_precision=True, can_pack=True)
     call, tokens, computed = memory.largest_call(
-        plan.train, config.batch_size, gpus, limits_of(config), packed=kind in PACKING, seed=config.seed
+        plan.train,
+        config.batch_size,
+        gpus,
+        limits_of(config),
+        packed=kind in PACKING,
+        seed=config.seed,
+        updates=plan.updates,
     )
     change = (
         f"{computed - 1:.0%} more with padding" if computed >= 1 else f"{1 - computed:.0%} fewer with prompts shared"
@@ -482,6 +490,9 @@ def main(config: Config) -> Path:
     folder = Path(config.output_dir)
     state = storage.run_state(folder, plan.identity, overwrite=config.run.overwrite)
     say(f"output     {folder}: {state}")
+    if state != "done":
+        trained = None if plan.adapters is None else plan.adapters.trained
+        say(f"disk       {check_room(folder, plan.model.folder, config, updates=plan.updates, trained=trained)}")
     if config.run.check:
         print_cost(plan, config)
         return folder

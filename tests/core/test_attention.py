@@ -124,6 +124,18 @@ def test_a_model_that_sees_its_neighbours_in_a_row_is_refused():
         check_packed(model, torch.device("cpu"))
 
 
+def test_a_kernel_that_does_not_know_a_models_sizes_is_said_in_a_sentence(monkeypatch):
+    def unknown(*_args, **_kwargs):
+        raise RuntimeError("head size 72 is not supported")
+
+    model = make_packed()
+    monkeypatch.setattr(attention, "_attend", unknown)
+    with pytest.raises(
+        BadUse, match=r"packed rows can't be computed here \(head size 72 is not supported\); pass sdpa"
+    ):
+        check_packed(model, torch.device("cpu"))
+
+
 def test_only_a_command_that_packs_its_rows_gets_an_engine_that_does():
     """reward pads, also where the attention it loads, flash_attention_2, would take packed rows."""
     for can_pack in (False, True):

@@ -167,7 +167,7 @@ def test_quantised_weights_are_refused_by_their_dtype(start):
 
 
 def test_attention_is_chosen_without_downloads(start, monkeypatch):
-    from transformers import BloomConfig, Gemma2Config, MistralConfig
+    from transformers import BloomConfig, DeepseekV3Config, Gemma2Config, MistralConfig
 
     config = load_config(start)
     assert choose_attention("auto", config, half_precision=True) == "sdpa"
@@ -180,6 +180,7 @@ def test_attention_is_chosen_without_downloads(start, monkeypatch):
         (config, False, "this command pads its rows"),
         (MistralConfig(), True, "mistral has more than plain causal attention"),
         (Gemma2Config(), True, "gemma2 has more than plain causal attention"),
+        (DeepseekV3Config(), True, "the values of deepseek_v3's attention are narrower than its queries"),
         (BloomConfig(), True, "lets no attention be plugged into bloom"),
     ):
         with pytest.raises(BadUse, match=message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,16 @@ def test_zero_3_on_two_processes_equals_one(here, launch, pairs, tiny_policy, tm
 def test_a_batch_of_nothing_is_refused_by_its_flag(here):
     with pytest.raises(BadUse, match="--batch_size is 0; expected a number above 0"):
         here(batch_size=0)
+
+
+def test_ids_of_another_tokenizer_are_refused(here, tiny_policy, tmp_path):
+    """The same model with another chat template: its pairs are other ids."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny_policy, other)
+    template = (other / "chat_template.jinja").read_text()
+    (other / "chat_template.jinja").write_text(template + "{# another #}")
+    with pytest.raises(BadUse, match=r"tokenized with another chat template .* than that of --base_model"):
+        here(base_model=str(other))
 
 
 def test_calibration_by_hand():

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -188,6 +190,29 @@ def test_check_says_what_memory_and_time_a_run_takes(here, pairs, capsys, tmp_pa
     assert re.search(r"tokens on average, \d+% more with padding; largest call", capsys.readouterr().out)
     with pytest.raises(BadUse, match="--rate is fast; expected tokens per second"):
         here(run=RunFlags(check=True), rate="fast")
+
+
+def test_check_plans_more_epochs_of_pairs_that_are_fewer_than_an_update(here, capsys):
+    """24 pairs, seen twice, are one update of 48."""
+    here(run=RunFlags(check=True), batch_size=48, epochs=2.0)
+    assert "updates    1 of 48 pairs" in capsys.readouterr().out
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_loaded(here, tiny_policy, tmp_path, monkeypatch, capsys):
+    """The policy, as large as the starting one, and of three checkpoints, 12 bytes for a weight, two at a time."""
+    here(run=RunFlags(check=True), save_every=1)
+    parameters = sum(tensor.numel() for tensor in weights(tiny_policy).values())
+    needed = parameters * (4 + 2 * 12)
+    assert f"2 checkpoints of {12 * parameters / 1e9:,.1f} GB" in capsys.readouterr().out
+    room = {"free": needed - 1}
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(**room))
+    with pytest.raises(BadUse, match=r"--output_dir .* its disk has .* free: free some, or name a folder on another"):
+        here(save_every=1)
+    assert not (tmp_path / "policy").exists()
+    room["free"] = needed
+    here(run=RunFlags(check=True), save_every=1)
+    room["free"] = needed - 12 * parameters  # one checkpoint at the end
+    here(run=RunFlags(check=True), save_every=0)
 
 
 def test_check_writes_nothing(here, tmp_path):

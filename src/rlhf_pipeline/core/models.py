@@ -150,6 +150,16 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
+def count_parameters(folder: Path, *, trust_remote_code: bool = False) -> int:
+    """Weights of a causal language model, tied ones counted once, from its config alone."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return int(model.num_parameters())
+
+
 def context_window(config: PretrainedConfig) -> int | None:
     """Tokens a model can attend to, prompt and response together; None if its config doesn't say."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -211,6 +221,8 @@ def choose_attention(name: Attention, config: PretrainedConfig, *, half_precisio
 def _obstacle_to_packing(model_class: type | None, config: PretrainedConfig, half_precision: bool) -> str | None:
     """Why a model can't have packed rows through core/attention.py here; None if it can."""
     text = config.get_text_config()
+    if getattr(text, "v_head_dim", None) is not None:
+        return f"the values of {config.model_type}'s attention are narrower than its queries"
     slides = getattr(text, "sliding_window", None) is not None and getattr(text, "use_sliding_window", True)
     layers = set(getattr(text, "layer_types", None) or ["sliding_attention" if slides else "full_attention"])
     if not getattr(model_class, "_supports_attention_backend", False):

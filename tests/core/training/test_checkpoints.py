@@ -9,6 +9,7 @@ import pytest
 from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.files import write_json
 from rlhf_pipeline.core.training import checkpoints
+from rlhf_pipeline.core.training.distributed import make_accelerator
 
 LAUNCH = {"name": "deepspeed", "zero_stage": 3, "world_size": 8, "mixed_precision": "bf16", "device": "any"}
 
@@ -31,12 +32,27 @@ def test_the_newest_whole_checkpoint_counts_by_number(tmp_path):
     assert checkpoints.updates_done(tmp_path) == 1000
 
 
-def test_old_checkpoints_go_and_so_does_what_killed_saves_left(tmp_path):
+def test_old_checkpoints_go(tmp_path):
     for update in (2, 10, 9):
         write(tmp_path, update)
-    (tmp_path / ".update-11.tmp").mkdir()
     checkpoints.remove_old(tmp_path, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["update-10", "update-9"]
+
+
+def test_what_killed_saves_left_is_gone_before_a_new_one_is_written(tmp_path, monkeypatch):
+    """There may be no room for both."""
+    accelerator = make_accelerator(max_grad_norm=None)
+    (tmp_path / ".update-11.tmp").mkdir()
+    there: list[str] = []
+
+    def save_state(folder, **_):
+        there.extend(path.name for path in tmp_path.iterdir())
+        Path(folder).mkdir()
+
+    monkeypatch.setattr(accelerator, "save_state", save_state)
+    checkpoints.save(accelerator, tmp_path, 12, keep=1)
+    assert there == []
+    assert [path.name for path in tmp_path.iterdir()] == ["update-12"]
 
 
 @pytest.mark.parametrize(

@@ -45,11 +45,17 @@ def save(accelerator: Accelerator, folder: Path, update: int, *, keep: int) -> N
     """
     final = folder / f"update-{update}"
     temporary = folder / f".update-{update}.tmp"
-    main_process_first(accelerator, lambda: shutil.rmtree(temporary, ignore_errors=True))
+    main_process_first(accelerator, lambda: _clear_unfinished(folder))
     _save_state(accelerator, temporary)
     accelerator.wait_for_everyone()
     launch = {key: describe_launch(accelerator)[key] for key in LAUNCH_KEYS}
     main_process_first(accelerator, lambda: _commit(temporary, final, {"update": update, "launch": launch}, keep))
+
+
+def _clear_unfinished(folder: Path) -> None:
+    """Delete what killed saves left, of whatever update: there may not be room for it beside a new one."""
+    for path in folder.glob(".update-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _save_state(accelerator: Accelerator, folder: Path) -> None:
@@ -81,9 +87,9 @@ def _commit(temporary: Path, final: Path, state: dict[str, Any], keep: int) -> N
 
 
 def remove_old(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what killed saves left."""
+    """Delete all but the newest `keep` checkpoints."""
     whole = sorted(folder.glob("update-*"), key=lambda path: int(path.name.removeprefix("update-")))
-    for path in [*whole[: len(whole) - keep], *folder.glob(".update-*.tmp")]:
+    for path in whole[: len(whole) - keep]:
         shutil.rmtree(path, ignore_errors=True)
 
 

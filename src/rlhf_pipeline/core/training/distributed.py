@@ -70,6 +70,7 @@ def make_accelerator(*, max_grad_norm: float | None) -> Accelerator:
     if gloo:
         _skip_shared_memory_op()
     group = InitProcessGroupKwargs(timeout=GROUP_TIMEOUT, backend="gloo" if gloo else None)
+    _check_precision(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
     precision = None if "ACCELERATE_MIXED_PRECISION" in os.environ else ("bf16" if on_gpu else "no")
     accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[group], step_scheduler_with_optimizer=False)
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # warns of tied weights at every checkpoint
@@ -159,7 +160,16 @@ def _skip_shared_memory_op() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def _check_precision(name: str) -> None:
+    if name not in ("no", "bf16"):
+        raise BadUse(
+            f"the launch's mixed precision is {name}; expected bf16 or no (accelerate launch --mixed_precision): "
+            "gradients are never scaled here, as others would need."
+        )
+
+
 def _check_launch(accelerator: Accelerator) -> None:
+    _check_precision(accelerator.mixed_precision)
     seen, promised = accelerator.num_processes, promised_world_size()
     if seen != promised:
         raise BadUse(

@@ -156,7 +156,8 @@ def _peft_config(lora: Lora) -> LoraConfig:
 def merged(state_dict: Mapping[str, Tensor], lora: Lora, *, dtype: torch.dtype) -> dict[str, Tensor]:
     """The base model's state dict with W + alpha / r B A, added up in float32, in the place of each W.
 
-    state_dict: the whole one of the model that `attach` made, which need not be gathered anywhere else.
+    state_dict: the whole one of the model that `attach` made, which need not be gathered anywhere else. The sums are on
+    the CPU: a GPU that held the model in training may have no room for it twice.
     """
     weights = {}
     for name, tensor in state_dict.items():
@@ -165,7 +166,7 @@ def merged(state_dict: Mapping[str, Tensor], lora: Lora, *, dtype: torch.dtype) 
         layer, _, wrapped = name.partition(".base_layer.")
         if wrapped == "weight":
             down, up = (state_dict[f"{layer}.lora_{part}.default.weight"].float() for part in "AB")
-            tensor = (tensor.float() + lora.alpha / int(lora.r or 0) * (up @ down)).to(dtype)
+            tensor = (tensor.float() + lora.alpha / int(lora.r or 0) * (up @ down)).to("cpu", dtype)
         weights[name.removeprefix(WRAPPING).replace(".base_layer.", ".")] = tensor
     return weights
 

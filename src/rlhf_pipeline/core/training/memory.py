@@ -31,6 +31,7 @@ LaunchName = Literal["one process", "ddp", "zero 2", "zero 3", "zero 3, offload"
 LAUNCHES: tuple[LaunchName, ...] = ("one process", "ddp", "zero 2", "zero 3", "zero 3, offload")
 BUCKET = 5 * 10**8
 """Elements that DeepSpeed reduces at once by default."""
+UPDATES_PLANNED = 32
 LIVE = 10**9
 """Elements of gathered parameters that ZeRO-3 keeps alive by default."""
 
@@ -107,9 +108,9 @@ def shape_of(folder: Path, *, trust_remote_code: bool = False) -> Shape | None:
 
 
 def largest_call(
-    data: PairData, batch_size: int, processes: int, limits: Limits, *, packed: bool, seed: int, updates: int = 32
+    data: PairData, batch_size: int, processes: int, limits: Limits, *, packed: bool, seed: int, updates: int
 ) -> tuple[Call, float, float]:
-    """(the largest call, tokens of an update, share that is computed of them) over the first `updates` updates.
+    """(the largest call, tokens of an update, share that is computed of them) over the first of `updates` updates.
 
     Tokens are real ones, of prompts with each of their responses. Padding makes the share larger than 1, shared prompts
     make it smaller.
@@ -118,7 +119,7 @@ def largest_call(
     """
     lengths, costs = data.lengths(), data.lengths(packed=packed)
     responses = np.array([len(c) + len(r) for c, r in zip(data.chosen, data.rejected, strict=True)])
-    order = order_of_rows(len(data), min(updates, len(data) // batch_size), batch_size, seed)
+    order = order_of_rows(len(data), min(updates, UPDATES_PLANNED), batch_size, seed)
     computed, largest = 0, Call(0, 0, 0)
     for indices in order:
         plan = plan_calls(
