@@ -249,13 +249,14 @@ def choose_device() -> str:
 
 def check_gpu_memory(reward_models: Sequence[scoring.RewardModel], options: ScoringOptions) -> None:
     """Raise BadUse if this machine's processes outnumber its GPUs, or the weights don't fit into what is
-    free.
+    free. A GPU that nvidia-smi does not list (a MIG slice, one of another make) is not looked at.
     """
-    if options.device == "cpu":
+    gpus = [] if options.device == "cpu" else preflight.visible_gpus()
+    if not gpus:
         return
     folders = [model.model.folder for model in reward_models if model.model is not None]
     weights = sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors"))
-    share = min(weights / preflight.visible_gpus()[0].total_memory, 0.95)
+    share = min(weights / gpus[0].total_memory, 0.95)
     if options.backend == "vllm":
         share = MEMORY_SHARE
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

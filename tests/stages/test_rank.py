@@ -20,6 +20,7 @@ from judge_server import Server, judging
 from rlhf_pipeline import rank
 from rlhf_pipeline.core import storage
 from rlhf_pipeline.core.command import BadUse, WorkFailed, parse
+from rlhf_pipeline.core.ranking.network_scorers import ScoringOptions
 from rlhf_pipeline.core.schema import make_prompt_ids
 from tiny_reward_models import write_armorm, write_classifier
 
@@ -334,6 +335,12 @@ def test_blocks_hold_every_row_once_and_in_order(num_rows: int) -> None:
     blocks = list(rank.cut(num_rows))
     assert [row for block in blocks for row in block] == list(range(num_rows))
     assert max(map(len, blocks)) <= rank.MAX_BLOCK
+
+
+def test_a_gpu_that_nvidia_smi_does_not_list_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slice of a GPU goes by a name of its own; without nvidia-smi no GPU has one."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-8c3e2f5a-0000-0000-0000-000000000000")
+    rank.check_gpu_memory((), ScoringOptions(device="cuda:0"))
 
 
 # Real processes
