@@ -311,6 +311,14 @@ def test_a_function_is_found_in_a_file_and_its_fingerprint_is_the_files(tmp_path
     assert scoring.resolve_reward_model(f"{file}:score").identity() != first.identity()
 
 
+def test_two_functions_of_a_file_are_two_reward_models(tmp_path: Path) -> None:
+    file = tmp_path / "my_rewards.py"
+    file.write_text("def one(rows):\n    return [1.0] * len(rows)\n\ndef two(rows):\n    return [2.0] * len(rows)\n")
+    one, two = (scoring.resolve_reward_model(f"{file}:{name}") for name in ("one", "two"))
+    assert one.fingerprint == two.fingerprint
+    assert one.identity() != two.identity()
+
+
 def test_the_fingerprint_notices_an_edit_of_the_file_that_holds_the_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

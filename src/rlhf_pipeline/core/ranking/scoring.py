@@ -89,6 +89,8 @@ class RewardModel:
         about = {"kind": self.kind, "fingerprint": self.fingerprint}
         if self.endpoint is not None:
             return about | {"url": self.endpoint.url, "model": self.endpoint.model}
+        if self.function is not None:
+            return about | {"function": self.text.rpartition(":")[2]}
         if self.model is None or self.chat is None:
             return about
         return about | {
