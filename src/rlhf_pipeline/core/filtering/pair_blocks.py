@@ -147,17 +147,25 @@ def _do_block_in_worker(index: int, table: pa.Table, prompt_ids: list[str]) -> i
 
 
 def add_up(work: Work, blocks: int, skipped: Path) -> dict[str, Any]:
-    """The tallies of all blocks as one; a line for each dropped prompt goes to the file `skipped`."""
+    """The tallies of all blocks as one; a line for each dropped prompt goes to the file `skipped`.
+
+    refusal: what the chat says against the first prompt that it can't encode, None without any.
+    """
+    refusal: str | None = None
     totals: dict[str, Counter[str]] = {"dropped": Counter(), "faults": Counter(), "counts": Counter()}
     with atomic(skipped) as temporary, temporary.open("w", encoding="utf-8") as file:
         for index in range(blocks):
             tally = read_json(work.tally_file(index))
-            file.writelines(json.dumps(line) + "\n" for line in tally.pop("skipped"))
+            skips = tally.pop("skipped")
+            file.writelines(json.dumps(line) + "\n" for line in skips)
+            details = (f"prompt {line['prompt_id']}: {line['detail']}" for line in skips if "detail" in line)
+            refusal = refusal or next(details, None)
             for name in ("dropped", "faults"):
                 totals[name].update(tally.pop(name))
             totals["counts"].update(tally)
     return {
         **totals["counts"],
+        "refusal": refusal,
         "dropped": {reason: totals["dropped"][reason] for reason in REASONS if reason in totals["dropped"]},
         "faults": {fault: totals["faults"][fault] for fault in FAULTS if fault in totals["faults"]},
     }
