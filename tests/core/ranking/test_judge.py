@@ -4,6 +4,8 @@ again.
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,21 @@ def test_a_wrong_key_ends_the_run_at_once_and_is_not_shown(
         scorer.score([row("secret")])
     assert server.keys == ["Bearer sk-abc"]
     assert "sk-abc" not in f"{caught.value} {scorer.engine}"
+
+
+def test_ctrl_c_waits_for_the_answers_under_way_alone_and_keeps_them(
+    server: Server, template: str, tmp_path: Path
+) -> None:
+    """Of 400 requests 16 are under way at a time; the signal comes with the first of them."""
+    server.delay = 0.2
+    scorer = load(server, template, tmp_path / "answers.jsonl")
+    timer = threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        scorer.score([row(f"good {k}") for k in range(400)])
+    scorer.close()
+    assert 1 <= len(server.requests) <= 32
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == len(server.requests)
 
 
 def test_answers_are_not_paid_for_twice(server: Server, template: str, tmp_path: Path) -> None:

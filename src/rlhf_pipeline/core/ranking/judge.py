@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.core import endpoint
-from rlhf_pipeline.core.command import BadUse, WorkFailed
+from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.files import Journal
 from rlhf_pipeline.core.ranking.network_scorers import Row, Score, empty
 
@@ -72,14 +72,12 @@ class Judge:
         self.engine = engine
 
     def score(self, rows: Sequence[Row]) -> list[Score]:
-        """Raises WorkFailed when the endpoint refuses us, or does not answer in TRIES tries."""
+        """Raises WorkFailed when the endpoint refuses us, or does not answer in TRIES tries.
+
+        After any exception, Ctrl-C's too, nothing more is asked; the answers under way are waited for and kept.
+        """
         with ThreadPoolExecutor(self._endpoint.workers) as pool:
-            futures = [pool.submit(self._rate, row) for row in rows]
-            try:
-                return [future.result() for future in futures]
-            except WorkFailed:
-                pool.shutdown(cancel_futures=True)
-                raise
+            return list(pool.map(self._rate, rows))
 
     def close(self) -> None:
         if self._journal is not None:
