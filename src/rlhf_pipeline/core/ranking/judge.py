@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.core import endpoint
+from rlhf_pipeline.core.chat import Prompt, turns_of
 from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.files import Journal
 from rlhf_pipeline.core.ranking.network_scorers import Row, Score, empty
@@ -86,7 +87,10 @@ class Judge:
     def _rate(self, row: Row) -> Score:
         if reason := empty(row):
             return Score(None, reason)
-        body = self._body(row)
+        try:
+            body = self._body(row)
+        except BadUse as error:
+            return Score(None, f"not rendered: {error}")
         key = hashlib.sha256(body).hexdigest()
         if key not in self._answers:
             try:
@@ -120,7 +124,9 @@ def parse_rating(answer: str) -> Score:
     return Score(float(found[-1]))
 
 
-def as_text(prompt: str | Sequence[dict[str, Any]]) -> str:
+def as_text(prompt: Prompt) -> str:
+    """Raises BadUse for messages that no answer can follow."""
     if isinstance(prompt, str):
         return prompt
-    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in prompt)
+    turns = turns_of(prompt, None)
+    return "\n\n".join(f"{str(turn['role']).capitalize()}: {turn.get('content', '')}" for turn in turns)
