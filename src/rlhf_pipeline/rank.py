@@ -407,8 +407,8 @@ def check_none_failed(scores: Mapping[str, Sequence[Score]], batch: Sequence[dic
 
 
 def check_some_rewards(table: pa.Table, names: Sequence[str]) -> None:
-    """Raise WorkFailed if no response of a run's first block has a reward: then it is not the rows that are
-    bad.
+    """Raise WorkFailed if no response of the output's first block has a reward: then it is not the rows that are
+    bad. Of a later block, where a restart or another process may begin, it may be.
     """
     columns = [table.column(f"{name}_reward") for name in names]
     if all(column.null_count == len(column) for column in columns):
@@ -433,7 +433,7 @@ def rank_blocks(plan: Plan, config: Config, output: storage.Output, worker: int,
     ):
         for index, block in waiting:
             table = score_block(scorer, plan.source, block, ids, config)
-            if index == waiting[0][0]:
+            if index == 0:
                 check_some_rewards(table, names)
             output.write_shard(SPLIT, index, table)
             advance(len(block) * len(names))

@@ -131,6 +131,18 @@ def test_a_reward_that_fails_everywhere_ends_the_run_at_its_first_block(response
         rank.main(config_for(responses, f"{path}:score"))
 
 
+def test_a_last_block_of_bad_rows_alone_ends_no_job(tmp_path: Path) -> None:
+    """Of 17 rows the second job has the last one, whose prompt is none."""
+    script = tmp_path / "length.py"
+    script.write_text("def score(rows):\n    return [float(len(row['prompt'])) for row in rows]\n")
+    table = responses_table(17, prompt=[*(f"List {r} birds." for r in range(16)), None])
+    config = config_for(write_responses(tmp_path / "responses", table), f"{script}:score", num_shards=2)
+    for index in (1, 0):
+        [folder] = rank.main(dataclasses.replace(config, shard_index=index))
+    rewards = read(folder).column("response_0_reward").to_pylist()
+    assert rewards[16] is None and None not in rewards[:16]
+
+
 def test_missing_prompt_ids_are_made_and_rewards_of_another_model_replaced(tmp_path: Path, function: str) -> None:
     table = responses_table(response_0_reward=[-1.0] * NUM_ROWS).drop_columns(["prompt_id"])
     [folder] = rank.main(config_for(write_responses(tmp_path / "made_elsewhere", table), function))
