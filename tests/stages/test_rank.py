@@ -143,6 +143,17 @@ def test_a_last_block_of_bad_rows_alone_ends_no_job(tmp_path: Path) -> None:
     assert rewards[16] is None and None not in rewards[:16]
 
 
+def test_text_of_any_arrow_kind_is_ranked(tmp_path: Path, function: str) -> None:
+    """Polars and some of the Hub's datasets have large strings, and a column without a text may have no kind."""
+    names = ["prompt", "response_0", "response_1"]
+    table = responses_table().select(names).cast(pa.schema([(name, pa.large_string()) for name in names]))
+    table = table.append_column("response_2", pa.nulls(NUM_ROWS))
+    [folder] = rank.main(config_for(write_responses(tmp_path / "responses", table), function))
+    report = json.loads((folder / "provenance.json").read_text())["reward_report"]
+    assert report["length_unit"] == "characters" and report["length_correlation"] == pytest.approx(1.0)
+    assert report["nulls"] == NUM_ROWS
+
+
 def test_missing_prompt_ids_are_made_and_rewards_of_another_model_replaced(tmp_path: Path, function: str) -> None:
     table = responses_table(response_0_reward=[-1.0] * NUM_ROWS).drop_columns(["prompt_id"])
     [folder] = rank.main(config_for(write_responses(tmp_path / "made_elsewhere", table), function))
