@@ -153,10 +153,11 @@ def check_values(config: Config) -> None:
         raise BadUse("--judge_model and --judge_template go with an endpoint http://HOST/v1 as --reward_model.")
     if len(set(config.reward_model)) < len(config.reward_model) or not config.reward_model:
         raise BadUse(f"--reward_model {' '.join(config.reward_model)}: expected different models, at least one.")
-    if len(config.output_repo) not in (0, 1, len(config.reward_model)) or not all(config.output_repo):
+    outputs = config.output_repo
+    if len(outputs) not in (0, 1, len(config.reward_model)) or len(set(outputs) - {""}) < len(outputs):
         raise BadUse(
-            f"--output_repo {' '.join(config.output_repo)}: expected one for the combined reward, or one for each of "
-            f"the {len(config.reward_model)} reward models."
+            f"--output_repo {' '.join(outputs)}: expected one for the combined reward, or one for each of the "
+            f"{len(config.reward_model)} reward models, all different."
         )
     if config.backend == "vllm":
         preflight.check_importable("vllm", flag="--backend vllm", instead="leave --backend out")

@@ -219,6 +219,10 @@ def test_as_many_outputs_as_models_are_that_many_runs_in_one_process(responses: 
         ({"num_responses": 0}, "--num_responses is 0; expected 1 or more"),
         ({"input_repo": "./no_such_responses"}, r"--input_repo \./no_such_responses does not exist"),
         ({"output_repo": ("./a", "./b")}, r"--output_repo \./a \./b: expected one .* or one for each of the 1 reward"),
+        (
+            {"reward_model": ("math:fsum", "math:prod"), "output_repo": ("./a", "./a")},
+            r"--output_repo \./a \./a: expected one .* all different",
+        ),
         ({"output_repo": ("rewards",)}, r"--output_repo rewards .*write \./rewards"),
     ],
 )
