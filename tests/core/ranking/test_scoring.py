@@ -360,6 +360,13 @@ def test_a_name_of_nothing_is_refused_in_one_sentence_with_the_flag(name: str, s
         scoring.resolve_reward_model(name)
 
 
+@pytest.mark.parametrize(("code", "problem"), [("def score(rows:\n", "SyntaxError"), ("undefined\n", "NameError")])
+def test_a_file_that_can_not_run_is_refused_in_one_sentence(code: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "broken_reward.py").write_text(code)
+    with pytest.raises(BadUse, match=rf"--reward_model .*broken_reward\.py:score can't be imported \({problem}: "):
+        scoring.resolve_reward_model(f"{tmp_path}/broken_reward.py:score")
+
+
 # Ensembles
 
 

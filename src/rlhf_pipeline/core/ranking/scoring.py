@@ -152,9 +152,10 @@ def _resolve_function(text: str, match: re.Match[str], flag: str) -> RewardModel
             if match["file"]
             else importlib.import_module(match["module"])
         )
-    except (ImportError, FileNotFoundError) as error:
+    except Exception as error:  # the user's code may raise anything
         raise BadUse(
-            f"{flag} {text} can't be imported ({error}): expected package.module:function or ./file.py:function."
+            f"{flag} {text} can't be imported ({type(error).__name__}: {error}): expected package.module:function or "
+            "./file.py:function; --debug shows where it fails."
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
