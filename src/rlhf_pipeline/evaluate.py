@@ -10,6 +10,7 @@ baseline. Writes results.json: rewards and win rates with intervals, KL to the b
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import shutil
 import signal
@@ -163,8 +164,17 @@ def judges_of(config: Config) -> dict[str, str]:
 
 
 def resolve_judge(config: Config, ref: str) -> scoring.RewardModel:
+    """As rank will, with what --rank_flags tell it of reward models."""
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--trust_remote_code", "--trust-remote-code", action="store_true")
+    flags.add_argument("--chat_template", "--chat-template")
+    told, _ = flags.parse_known_args(shlex.split(config.rank_flags))
     return scoring.resolve_reward_model(
-        ref, flag="--reward_models", judge_model=config.judge_model, judge_template=config.judge_template
+        ref,
+        flag="--reward_models",
+        judge_model=config.judge_model,
+        judge_template=config.judge_template,
+        **vars(told),
     )
 
 

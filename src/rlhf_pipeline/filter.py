@@ -282,7 +282,7 @@ def make_splits(plan: Plan, config: Config, output: storage.Output, work: Work, 
         if not order:
             raise BadUse(
                 f"no prompt of {plan.source.name} is left ({pair_report.counts(total['dropped'])}): look at --maxlen, "
-                f"--maxlen_prompt, --min_responses (now {plan.rules.min_responses}) and the margins."
+                f"--maxlen_prompt, --min_responses (now {plan.rules.min_responses}), the margins and --chat_template."
             )
         test = draw_test(order, config)
     except BadUse:

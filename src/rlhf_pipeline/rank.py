@@ -153,10 +153,11 @@ def check_values(config: Config) -> None:
         raise BadUse("--judge_model and --judge_template go with an endpoint http://HOST/v1 as --reward_model.")
     if len(set(config.reward_model)) < len(config.reward_model) or not config.reward_model:
         raise BadUse(f"--reward_model {' '.join(config.reward_model)}: expected different models, at least one.")
-    if len(config.output_repo) not in (0, 1, len(config.reward_model)) or not all(config.output_repo):
+    outputs = config.output_repo
+    if len(outputs) not in (0, 1, len(config.reward_model)) or len(set(outputs) - {""}) < len(outputs):
         raise BadUse(
-            f"--output_repo {' '.join(config.output_repo)}: expected one for the combined reward, or one for each of "
-            f"the {len(config.reward_model)} reward models."
+            f"--output_repo {' '.join(outputs)}: expected one for the combined reward, or one for each of the "
+            f"{len(config.reward_model)} reward models, all different."
         )
     if config.backend == "vllm":
         preflight.check_importable("vllm", flag="--backend vllm", instead="leave --backend out")
@@ -249,13 +250,14 @@ def choose_device() -> str:
 
 def check_gpu_memory(reward_models: Sequence[scoring.RewardModel], options: ScoringOptions) -> None:
     """Raise BadUse if this machine's processes outnumber its GPUs, or the weights don't fit into what is
-    free.
+    free. A GPU that nvidia-smi does not list (a MIG slice, one of another make) is not looked at.
     """
-    if options.device == "cpu":
+    gpus = [] if options.device == "cpu" else preflight.visible_gpus()
+    if not gpus:
         return
     folders = [model.model.folder for model in reward_models if model.model is not None]
     weights = sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors"))
-    share = min(weights / preflight.visible_gpus()[0].total_memory, 0.95)
+    share = min(weights / gpus[0].total_memory, 0.95)
     if options.backend == "vllm":
         share = MEMORY_SHARE
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -406,8 +408,8 @@ def check_none_failed(scores: Mapping[str, Sequence[Score]], batch: Sequence[dic
 
 
 def check_some_rewards(table: pa.Table, names: Sequence[str]) -> None:
-    """Raise WorkFailed if no response of a run's first block has a reward: then it is not the rows that are
-    bad.
+    """Raise WorkFailed if no response of the output's first block has a reward: then it is not the rows that are
+    bad. Of a later block, where a restart or another process may begin, it may be.
     """
     columns = [table.column(f"{name}_reward") for name in names]
     if all(column.null_count == len(column) for column in columns):
@@ -432,7 +434,7 @@ def rank_blocks(plan: Plan, config: Config, output: storage.Output, worker: int,
     ):
         for index, block in waiting:
             table = score_block(scorer, plan.source, block, ids, config)
-            if index == waiting[0][0]:
+            if index == 0:
                 check_some_rewards(table, names)
             output.write_shard(SPLIT, index, table)
             advance(len(block) * len(names))

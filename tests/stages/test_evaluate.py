@@ -18,6 +18,7 @@ from rlhf_pipeline.core.command import BadUse, WorkFailed, parse
 from rlhf_pipeline.core.files import read_json, write_json
 from rlhf_pipeline.core.reporting import evaluation, names, verdict
 from rlhf_pipeline.core.reporting.evaluation import Answers
+from tiny_reward_models import write_classifier
 
 NAN = float("nan")
 
@@ -189,6 +190,44 @@ def config_for(**values: Any) -> evaluate.Config:
 def test_values_that_can_not_be_meant_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(BadUse, match=message):
         evaluate.check_values(config_for(**values))
+
+
+OWN_CODE = """
+import torch
+from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnModel(LlamaPreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.score = torch.nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+"""
+
+
+@pytest.mark.parametrize("flag", ["--trust_remote_code", "--trust-remote-code"])
+def test_a_judge_is_looked_at_as_rank_flags_have_it_read(flag: str, tmp_path: Path) -> None:
+    folder = write_classifier(tmp_path)
+    (folder / "own.py").write_text(OWN_CODE)
+    code = {"AutoConfig": "own.OwnConfig", "AutoModelForSequenceClassification": "own.OwnModel"}
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "own", "auto_map": code}
+    (folder / "config.json").write_text(json.dumps(config))
+    template = folder / "chat_template.jinja"
+    template.rename(tmp_path / "elsewhere.jinja")
+    with pytest.raises(BadUse, match=r"--reward_models .* has no chat template"):
+        evaluate.resolve_judge(config_for(rank_flags=flag), str(folder))
+    flags = f"--batch_tokens 512 --chat_template={tmp_path}/elsewhere.jinja"
+    with pytest.raises(BadUse, match=r"--reward_models .*--trust_remote_code runs the repo's own code"):
+        evaluate.resolve_judge(config_for(rank_flags=flags), str(folder))
+    judge = evaluate.resolve_judge(config_for(rank_flags=f"{flags} {flag}"), str(folder))
+    assert judge.kind == "sequence classifier"
 
 
 def test_greedy_responses_can_be_judged_without_a_kl() -> None:

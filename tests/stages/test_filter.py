@@ -248,6 +248,45 @@ def test_a_conversation_stays_one_and_is_encoded_with_all_its_turns(chat, tiny_p
     assert row["prompt_tokens"][-row["prompt_length"] :] == chat.prompt_ids(rows[1]["prompt"])
 
 
+PARTICULAR = """\
+{%- for message in messages %}
+    {%- if message['role'] == 'tool' %}{{ raise_exception('Tools are not known here') }}{% endif %}
+    {%- if message['role'] == 'assistant' and messages[0]['role'] == 'system' and loop.index0 == 1 %}
+        {{- raise_exception('A user must speak before the assistant') }}
+    {%- endif %}
+{%- endfor %}"""
+
+
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_a_prompt_that_can_not_be_encoded_is_dropped_alone(with_ids, chat, tiny_policy, tmp_path, capsys):
+    """Of seven prompts three are plain. One is rendered but takes no answer: only its sampled ids can make a pair, and
+    they are none that the text would be encoded as."""
+    template = tmp_path / "particular.jinja"
+    template.write_text(PARTICULAR + chat.template)
+    user, tool, system, answer = ({"role": role, "content": "Hi."} for role in ("user", "tool", "system", "assistant"))
+    prompts = {
+        "null": None, "one": [user], "answered": [user, answer], "two": [user], "tool": [user, tool],
+        "no user": [system], "three": [user],
+    }  # fmt: skip
+    rows = [scored(name, prompt, ["a", "b", "c"], [1.0, 3.0, 2.0]) for name, prompt in prompts.items()]
+    if with_ids:
+        ids = {schema.response_tokens(i): chat.response_ids("Hi.", text) for i, text in enumerate("abc")}
+        rows = [row | ids for row in rows]
+    source = write_rewards(tmp_path / "rewards", rows)
+    made = run(source, tiny_policy, tmp_path / "pairs", chat_template=str(template))
+    assert made["dropped"] == {"prompt_not_encodable": 3} | ({} if with_ids else {"response_not_encodable": 1})
+    assert made["round_trip"] == {"sampled_pairs": 4 * with_ids, "changed_pairs": 1 * with_ids}
+    assert set(read(tmp_path / "pairs")) == {"one", "two", "three", *(["no user"] if with_ids else [])}
+    lines = [json.loads(line) for line in (tmp_path / "pairs" / "skipped.jsonl").read_text().splitlines()]
+    assert {line["prompt_id"]: line["row"] for line in lines if "detail" in line} == {
+        "null": 0,
+        "answered": 2,
+        "tool": 4,
+    }
+    assert "Tools are not known here" in next(line["detail"] for line in lines if line["prompt_id"] == "tool")
+    assert "the first that can't be encoded: prompt null: " in capsys.readouterr().out
+
+
 # Splits
 
 

@@ -20,6 +20,7 @@ from judge_server import Server, judging
 from rlhf_pipeline import rank
 from rlhf_pipeline.core import storage
 from rlhf_pipeline.core.command import BadUse, WorkFailed, parse
+from rlhf_pipeline.core.ranking.network_scorers import ScoringOptions
 from rlhf_pipeline.core.schema import make_prompt_ids
 from tiny_reward_models import write_armorm, write_classifier
 
@@ -130,6 +131,29 @@ def test_a_reward_that_fails_everywhere_ends_the_run_at_its_first_block(response
         rank.main(config_for(responses, f"{path}:score"))
 
 
+def test_a_last_block_of_bad_rows_alone_ends_no_job(tmp_path: Path) -> None:
+    """Of 17 rows the second job has the last one, whose prompt is none."""
+    script = tmp_path / "length.py"
+    script.write_text("def score(rows):\n    return [float(len(row['prompt'])) for row in rows]\n")
+    table = responses_table(17, prompt=[*(f"List {r} birds." for r in range(16)), None])
+    config = config_for(write_responses(tmp_path / "responses", table), f"{script}:score", num_shards=2)
+    for index in (1, 0):
+        [folder] = rank.main(dataclasses.replace(config, shard_index=index))
+    rewards = read(folder).column("response_0_reward").to_pylist()
+    assert rewards[16] is None and None not in rewards[:16]
+
+
+def test_text_of_any_arrow_kind_is_ranked(tmp_path: Path, function: str) -> None:
+    """Polars and some of the Hub's datasets have large strings, and a column without a text may have no kind."""
+    names = ["prompt", "response_0", "response_1"]
+    table = responses_table().select(names).cast(pa.schema([(name, pa.large_string()) for name in names]))
+    table = table.append_column("response_2", pa.nulls(NUM_ROWS))
+    [folder] = rank.main(config_for(write_responses(tmp_path / "responses", table), function))
+    report = json.loads((folder / "provenance.json").read_text())["reward_report"]
+    assert report["length_unit"] == "characters" and report["length_correlation"] == pytest.approx(1.0)
+    assert report["nulls"] == NUM_ROWS
+
+
 def test_missing_prompt_ids_are_made_and_rewards_of_another_model_replaced(tmp_path: Path, function: str) -> None:
     table = responses_table(response_0_reward=[-1.0] * NUM_ROWS).drop_columns(["prompt_id"])
     [folder] = rank.main(config_for(write_responses(tmp_path / "made_elsewhere", table), function))
@@ -195,6 +219,10 @@ def test_as_many_outputs_as_models_are_that_many_runs_in_one_process(responses: 
         ({"num_responses": 0}, "--num_responses is 0; expected 1 or more"),
         ({"input_repo": "./no_such_responses"}, r"--input_repo \./no_such_responses does not exist"),
         ({"output_repo": ("./a", "./b")}, r"--output_repo \./a \./b: expected one .* or one for each of the 1 reward"),
+        (
+            {"reward_model": ("math:fsum", "math:prod"), "output_repo": ("./a", "./a")},
+            r"--output_repo \./a \./a: expected one .* all different",
+        ),
         ({"output_repo": ("rewards",)}, r"--output_repo rewards .*write \./rewards"),
     ],
 )
@@ -334,6 +362,12 @@ def test_blocks_hold_every_row_once_and_in_order(num_rows: int) -> None:
     blocks = list(rank.cut(num_rows))
     assert [row for block in blocks for row in block] == list(range(num_rows))
     assert max(map(len, blocks)) <= rank.MAX_BLOCK
+
+
+def test_a_gpu_that_nvidia_smi_does_not_list_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slice of a GPU goes by a name of its own; without nvidia-smi no GPU has one."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-8c3e2f5a-0000-0000-0000-000000000000")
+    rank.check_gpu_memory((), ScoringOptions(device="cuda:0"))
 
 
 # Real processes

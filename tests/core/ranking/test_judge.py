@@ -4,6 +4,8 @@ again.
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,11 +50,12 @@ def test_a_rating_is_the_last_number_in_double_brackets_and_rows_keep_their_orde
 
 
 def test_the_template_is_filled_once_and_the_judge_is_asked_without_randomness(server: Server, template: str) -> None:
-    conversation = [{"role": "user", "content": "What is {response}?"}, {"role": "assistant", "content": "A place."}]
+    turns = [("user", "What is {response}?"), ("assistant", "A place."), ("user", "Sure?")]
+    conversation = [{"role": role, "content": content} for role, content in turns]
     load(server, template).score([row("Right.", conversation)])
     [request] = server.requests
     assert request["messages"][0]["content"] == (
-        "PROMPT User: What is {response}?\n\nAssistant: A place. RESPONSE Right."
+        "PROMPT User: What is {response}?\n\nAssistant: A place.\n\nUser: Sure? RESPONSE Right."
     )
     assert (request["model"], request["temperature"]) == ("big", 0)
 
@@ -60,12 +63,26 @@ def test_the_template_is_filled_once_and_the_judge_is_asked_without_randomness(s
 def test_answers_without_a_rating_and_refused_or_empty_rows_are_null_with_a_reason(
     server: Server, template: str
 ) -> None:
-    scores = load(server, template).score([row("mumble"), row("too long"), row("  "), row(None), row("fine")])
-    assert [score.reward for score in scores] == [None, None, None, None, 1.5]
-    reasons = [str(score.error) for score in scores[:4]]
+    no_role, answered = [{"role": None, "content": "Hi"}], [{"role": "assistant", "content": "Hi"}]
+    bad = [row("mumble"), row("too long"), row("  "), row(None), row("fine", no_role), row("fine", answered)]
+    scores = load(server, template).score([*bad, row("fine")])
+    assert [score.reward for score in scores] == [None] * 6 + [1.5]
+    reasons = [str(score.error) for score in scores[:6]]
     assert reasons[0].startswith("no rating: ") and "7 of 10" in reasons[0]
     assert reasons[1] == "refused: HTTP 400, maximum context length exceeded"
-    assert reasons[2:] == ["empty response"] * 2
+    assert reasons[2:4] == ["empty response"] * 2
+    assert all(reason.startswith("not rendered: ") for reason in reasons[4:])
+
+
+def test_a_turn_without_text_is_an_empty_one(server: Server, template: str) -> None:
+    """As Arrow gives a turn that only calls a tool."""
+    turns = [
+        {"role": "user", "content": "Look."},
+        {"role": "assistant", "content": None},
+        {"role": "tool", "content": "3"},
+    ]
+    load(server, template).score([row("Three.", turns)])
+    assert "Assistant: \n\nTool: 3 RESPONSE" in server.requests[0]["messages"][0]["content"]
 
 
 def test_a_busy_endpoint_is_asked_again_and_a_dead_one_ends_the_run(server: Server, template: str) -> None:
@@ -86,6 +103,21 @@ def test_a_wrong_key_ends_the_run_at_once_and_is_not_shown(
         scorer.score([row("secret")])
     assert server.keys == ["Bearer sk-abc"]
     assert "sk-abc" not in f"{caught.value} {scorer.engine}"
+
+
+def test_ctrl_c_waits_for_the_answers_under_way_alone_and_keeps_them(
+    server: Server, template: str, tmp_path: Path
+) -> None:
+    """Of 400 requests 16 are under way at a time; the signal comes with the first of them."""
+    server.delay = 0.2
+    scorer = load(server, template, tmp_path / "answers.jsonl")
+    timer = threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        scorer.score([row(f"good {k}") for k in range(400)])
+    scorer.close()
+    assert 1 <= len(server.requests) <= 32
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == len(server.requests)
 
 
 def test_answers_are_not_paid_for_twice(server: Server, template: str, tmp_path: Path) -> None:

@@ -311,6 +311,41 @@ def test_a_function_is_found_in_a_file_and_its_fingerprint_is_the_files(tmp_path
     assert scoring.resolve_reward_model(f"{file}:score").identity() != first.identity()
 
 
+def test_two_functions_of_a_file_are_two_reward_models(tmp_path: Path) -> None:
+    file = tmp_path / "my_rewards.py"
+    file.write_text("def one(rows):\n    return [1.0] * len(rows)\n\ndef two(rows):\n    return [2.0] * len(rows)\n")
+    one, two = (scoring.resolve_reward_model(f"{file}:{name}") for name in ("one", "two"))
+    assert one.fingerprint == two.fingerprint
+    assert one.identity() != two.identity()
+
+
+def test_the_fingerprint_notices_an_edit_of_the_file_that_holds_the_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package hands on a function, an object that can be called, a function with a part of its arguments, and one
+    that the package itself has wrapped."""
+    package = tmp_path / "rewards_of_ours"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "import functools\nfrom rewards_of_ours.impl import judge, score\n"
+        "half = functools.partial(score, weight=0.5)\n"
+        "@functools.wraps(score)\ndef wrapped(rows):\n    return score(rows)\n"
+    )
+    impl = package / "impl.py"
+    impl.write_text(
+        "def score(rows, weight=1.0):\n    return [weight for row in rows]\n\n"
+        "class Judge:\n    def __call__(self, rows):\n        return score(rows)\n\njudge = Judge()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    names = [f"rewards_of_ours:{name}" for name in ("score", "judge", "half", "wrapped")]
+    before = [scoring.resolve_reward_model(name).fingerprint for name in names]
+    impl.write_text(impl.read_text().replace("1.0", "2.0"))
+    after = [scoring.resolve_reward_model(name).fingerprint for name in names]
+    assert all(new != old for new, old in zip(after, before, strict=True))
+    (package / "__init__.py").write_text("# edited\n")
+    assert all(scoring.resolve_reward_model(name).fingerprint != old for name, old in zip(names, after, strict=True))
+
+
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
@@ -323,6 +358,13 @@ def test_a_function_is_found_in_a_file_and_its_fingerprint_is_the_files(tmp_path
 def test_a_name_of_nothing_is_refused_in_one_sentence_with_the_flag(name: str, sentence: str) -> None:
     with pytest.raises(BadUse, match=f"--reward_model {name.replace('.', chr(92) + '.')}.*{sentence}"):
         scoring.resolve_reward_model(name)
+
+
+@pytest.mark.parametrize(("code", "problem"), [("def score(rows:\n", "SyntaxError"), ("undefined\n", "NameError")])
+def test_a_file_that_can_not_run_is_refused_in_one_sentence(code: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "broken_reward.py").write_text(code)
+    with pytest.raises(BadUse, match=rf"--reward_model .*broken_reward\.py:score can't be imported \({problem}: "):
+        scoring.resolve_reward_model(f"{tmp_path}/broken_reward.py:score")
 
 
 # Ensembles

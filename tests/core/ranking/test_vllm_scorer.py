@@ -71,7 +71,7 @@ def test_a_row_that_cannot_be_scored_is_null_with_its_reason_and_one_as_long_as_
     whole, long, empty, last = in_vllm.score(rows)
     assert length == 256 and whole.reward is not None
     assert long.error is not None and long.error.startswith("too long: 25")
-    assert empty.error == "empty prompt"
+    assert empty.error == "empty prompt" == in_vllm.score(rows[2:3])[0].error
     assert last.reward == pytest.approx(in_vllm.score(ROWS[:1])[0].reward, abs=2e-5)
 
 

@@ -50,6 +50,9 @@ class Work:
     def tally_file(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.json"
 
+    def is_done(self, index: int) -> bool:
+        return self.pairs_file(index).exists() and self.tally_file(index).exists()
+
 
 def do_block(work: Work, index: int, table: pa.Table, prompt_ids: list[str]) -> int:
     """Write a block's pairs, unpadded, and the tally of what became of its prompts. Returns its rows."""
@@ -63,7 +66,7 @@ def do_block(work: Work, index: int, table: pa.Table, prompt_ids: list[str]) -> 
     tally = pair_tables.tally(block, outcomes, index * BLOCK_ROWS)
     sampled, changed = pair_tables.count_round_trip_changes(block, outcomes, work.chat)
     write_json(work.tally_file(index), {**tally, "sampled_pairs": sampled, "changed_pairs": changed})
-    with atomic(work.pairs_file(index)) as temporary:  # after the tally: this file says that the block is done
+    with atomic(work.pairs_file(index)) as temporary:
         pq.write_table(pairs, temporary, compression="lz4")
     return len(table)
 
@@ -71,7 +74,7 @@ def do_block(work: Work, index: int, table: pa.Table, prompt_ids: list[str]) -> 
 def do_blocks(work: Work, source: Source, num_proc: int) -> int:
     """Do every block of `source` that is not there yet. Returns how many blocks there are."""
     count = -(-source.num_rows // BLOCK_ROWS)
-    missing = {index for index in range(count) if not work.pairs_file(index).exists()}
+    missing = {index for index in range(count) if not work.is_done(index)}
     if not missing:
         return count
     first = min(missing)
@@ -147,17 +150,25 @@ def _do_block_in_worker(index: int, table: pa.Table, prompt_ids: list[str]) -> i
 
 
 def add_up(work: Work, blocks: int, skipped: Path) -> dict[str, Any]:
-    """The tallies of all blocks as one; a line for each dropped prompt goes to the file `skipped`."""
+    """The tallies of all blocks as one; a line for each dropped prompt goes to the file `skipped`.
+
+    refusal: what the chat says against the first prompt that it can't encode, None without any.
+    """
+    refusal: str | None = None
     totals: dict[str, Counter[str]] = {"dropped": Counter(), "faults": Counter(), "counts": Counter()}
     with atomic(skipped) as temporary, temporary.open("w", encoding="utf-8") as file:
         for index in range(blocks):
             tally = read_json(work.tally_file(index))
-            file.writelines(json.dumps(line) + "\n" for line in tally.pop("skipped"))
+            skips = tally.pop("skipped")
+            file.writelines(json.dumps(line) + "\n" for line in skips)
+            details = (f"prompt {line['prompt_id']}: {line['detail']}" for line in skips if "detail" in line)
+            refusal = refusal or next(details, None)
             for name in ("dropped", "faults"):
                 totals[name].update(tally.pop(name))
             totals["counts"].update(tally)
     return {
         **totals["counts"],
+        "refusal": refusal,
         "dropped": {reason: totals["dropped"][reason] for reason in REASONS if reason in totals["dropped"]},
         "faults": {fault: totals["faults"][fault] for fault in FAULTS if fault in totals["faults"]},
     }

@@ -53,6 +53,8 @@ def lines_of_loss(total: Mapping[str, Any], min_responses: int) -> list[str]:
     prompts, dropped = total["prompts"], sum(total["dropped"].values())
     lines = [f"kept       {prompts - dropped:,} of {prompts:,} prompts"]
     lines += [f"dropped    {count:,} ({count / prompts:.1%}) {reason}" for reason, count in total["dropped"].items()]
+    if total["refusal"] is not None:
+        lines.append(f"           the first that can't be encoded: {total['refusal']}")
     if min_responses > 2 and total["liftable"]:
         lines.append(
             f"           {total['liftable']:,} of them ({total['liftable'] / prompts:.1%}) would stay with "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 from rlhf_pipeline.core import schema
-from rlhf_pipeline.core.filtering.selection import PROMPT_TOO_LONG, Outcome, Response, Rules, reward_of, select
+from rlhf_pipeline.core.command import BadUse
+from rlhf_pipeline.core.filtering.selection import (
+    PROMPT_NOT_ENCODABLE,
+    PROMPT_TOO_LONG,
+    Outcome,
+    Response,
+    Rules,
+    reward_of,
+    select,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,11 +52,11 @@ class Column:
 
 @dataclass(frozen=True)
 class Block:
-    """Some prompts and all that is to be known of them."""
+    """Some prompts and all that is to be known of them. prompt_tokens: ids, or what the chat says against a prompt."""
 
     prompt_ids: Sequence[str]
     prompts: list[Prompt]
-    prompt_tokens: list[list[int]]
+    prompt_tokens: list[list[int] | BadUse]
     columns: list[Column]
 
 
@@ -63,10 +72,28 @@ def read_block(
 ) -> Block:
     """Encode a block's prompts, and those of its responses that come without sampled ids."""
     prompts = table.column(schema.PROMPT).to_pylist()
-    prompt_tokens = chat.encode_prompts(prompts)
-    fitting = [row for row, tokens in enumerate(prompt_tokens) if len(tokens) <= maxlen_prompt]
+    prompt_tokens = _encode(chat.encode_prompts, prompts)
+    fitting = [row for row, tokens in enumerate(prompt_tokens) if _unfit(tokens, maxlen_prompt) is None]
     columns = [_read_column(table, i, prompts, fitting, chat) for i in range(num_responses)]
     return Block(prompt_ids, prompts, prompt_tokens, columns)
+
+
+def _encode(encode: Callable[..., Sequence[Any]], *columns: Sequence[Any]) -> list[Any]:
+    """What `encode` gives for each row of the columns, or the BadUse that it raises for that row."""
+    try:
+        return list(encode(*columns))
+    except BadUse as refusal:
+        if len(columns[0]) == 1:
+            return [refusal]
+        rows = zip(*columns, strict=True)  # one of them at least: find out which
+        return [item for row in rows for item in _encode(encode, *([value] for value in row))]
+
+
+def _unfit(tokens: list[int] | BadUse, maxlen_prompt: int) -> str | None:
+    """Why a prompt is dropped, whatever its responses."""
+    if isinstance(tokens, BadUse):
+        return PROMPT_NOT_ENCODABLE
+    return PROMPT_TOO_LONG if len(tokens) > maxlen_prompt else None
 
 
 def _read_column(table: pa.Table, i: int, prompts: Sequence[Prompt], fitting: Sequence[int], chat: Chat) -> Column:
@@ -81,10 +108,15 @@ def _read_column(table: pa.Table, i: int, prompts: Sequence[Prompt], fitting: Se
         tokens = _token_rows(table.column(name))
     sampled = [ids is not None for ids in tokens]
     missing = [row for row in fitting if not sampled[row]]
-    encoded = chat.encode_responses([prompts[row] for row in missing], [texts[row] for row in missing])
+    encoded = _encode_responses(chat, [prompts[row] for row in missing], [texts[row] for row in missing])
     for row, ids in zip(missing, encoded, strict=True):
         tokens[row] = None if ids is None else np.array(without_end(ids, truncated[row]), np.int32)
     return Column(texts, values(schema.response_reward(i)), truncated, tokens, sampled)
+
+
+def _encode_responses(chat: Chat, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[list[int] | None]:
+    """chat.encode_responses; None also where the template refuses the prompt with an answer."""
+    return [None if isinstance(ids, BadUse) else ids for ids in _encode(chat.encode_responses, prompts, texts)]
 
 
 def without_end(ids: list[int], truncated: bool) -> list[int]:
@@ -106,9 +138,9 @@ def _token_rows(column: pa.ChunkedArray) -> list[Ids | None]:
 def judge(block: Block, rules: Rules, maxlen_prompt: int) -> list[Outcome]:
     """What becomes of each prompt of the block."""
     return [
-        select([column.at(row) for column in block.columns], rules, prompt_id)
-        if len(tokens) <= maxlen_prompt
-        else Outcome((), PROMPT_TOO_LONG, {})
+        Outcome((), reason, {})
+        if (reason := _unfit(tokens, maxlen_prompt))
+        else select([column.at(row) for column in block.columns], rules, prompt_id)
         for row, (prompt_id, tokens) in enumerate(zip(block.prompt_ids, block.prompt_tokens, strict=True))
     ]
 
@@ -169,8 +201,8 @@ def count_round_trip_changes(block: Block, outcomes: Sequence[Outcome], chat: Ch
     """(pairs with sampled ids, those of them where the text of a response would be encoded as other ids)."""
     pairs = [{(row, c), (row, r)} for row, outcome in enumerate(outcomes) for c, r in outcome.pairs]
     sampled = sorted(place for place in set().union(*pairs) if block.columns[place[1]].sampled[place[0]])
-    encoded = chat.encode_responses(
-        [block.prompts[row] for row, _ in sampled], [block.columns[i].texts[row] for row, i in sampled]
+    encoded = _encode_responses(
+        chat, [block.prompts[row] for row, _ in sampled], [block.columns[i].texts[row] for row, i in sampled]
     )
     changed = {
         (row, i)
@@ -191,8 +223,9 @@ def tally(block: Block, outcomes: Sequence[Outcome], first_row: int) -> dict[str
             "row": first_row + row,
             "reason": outcome.reason,
             "responses": {str(i): fault for i, fault in outcome.faults.items()},
+            **({"detail": str(tokens)} if isinstance(tokens, BadUse) else {}),
         }
-        for row, outcome in enumerate(outcomes)
+        for row, (outcome, tokens) in enumerate(zip(outcomes, block.prompt_tokens, strict=True))
         if outcome.reason is not None
     ]
     return {

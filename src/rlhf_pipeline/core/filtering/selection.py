@@ -12,10 +12,10 @@ Select = Literal["best_worst", "best_random", "best_next", "all_pairs"]
 
 FAULTS = ("without_reward", "truncated", "empty", "not_encodable", "too_long")
 """Why a response does not survive; of several faults the first counts."""
-PROMPT_TOO_LONG = "prompt_too_long"
+PROMPT_NOT_ENCODABLE, PROMPT_TOO_LONG = "prompt_not_encodable", "prompt_too_long"
 NO_PAIR = ("tied", "same_text", "margin_too_small", "margin_too_large")
 """Why two surviving responses are no pair; of several reasons the first counts."""
-REASONS = (PROMPT_TOO_LONG, *(f"response_{fault}" for fault in FAULTS), *NO_PAIR)
+REASONS = (PROMPT_NOT_ENCODABLE, PROMPT_TOO_LONG, *(f"response_{fault}" for fault in FAULTS), *NO_PAIR)
 """Why a prompt is dropped, each with one reason."""
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pipeline.core import endpoint
-from rlhf_pipeline.core.command import BadUse, WorkFailed
+from rlhf_pipeline.core.chat import Prompt, turns_of
+from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.files import Journal
 from rlhf_pipeline.core.ranking.network_scorers import Row, Score, empty
 
@@ -72,14 +73,12 @@ class Judge:
         self.engine = engine
 
     def score(self, rows: Sequence[Row]) -> list[Score]:
-        """Raises WorkFailed when the endpoint refuses us, or does not answer in TRIES tries."""
+        """Raises WorkFailed when the endpoint refuses us, or does not answer in TRIES tries.
+
+        After any exception, Ctrl-C's too, nothing more is asked; the answers under way are waited for and kept.
+        """
         with ThreadPoolExecutor(self._endpoint.workers) as pool:
-            futures = [pool.submit(self._rate, row) for row in rows]
-            try:
-                return [future.result() for future in futures]
-            except WorkFailed:
-                pool.shutdown(cancel_futures=True)
-                raise
+            return list(pool.map(self._rate, rows))
 
     def close(self) -> None:
         if self._journal is not None:
@@ -88,7 +87,10 @@ class Judge:
     def _rate(self, row: Row) -> Score:
         if reason := empty(row):
             return Score(None, reason)
-        body = self._body(row)
+        try:
+            body = self._body(row)
+        except BadUse as error:
+            return Score(None, f"not rendered: {error}")
         key = hashlib.sha256(body).hexdigest()
         if key not in self._answers:
             try:
@@ -122,7 +124,9 @@ def parse_rating(answer: str) -> Score:
     return Score(float(found[-1]))
 
 
-def as_text(prompt: str | Sequence[dict[str, Any]]) -> str:
+def as_text(prompt: Prompt) -> str:
+    """Raises BadUse for messages that no answer can follow."""
     if isinstance(prompt, str):
         return prompt
-    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in prompt)
+    turns = turns_of(prompt, None)
+    return "\n\n".join(f"{str(turn['role']).capitalize()}: {turn.get('content', '')}" for turn in turns)

@@ -89,8 +89,9 @@ def _lengths(table: pa.Table, name: str) -> Array:
     import pyarrow.compute as pc
 
     column = table.column(name)
-    length = pc.utf8_length(column) if pa.types.is_string(column.type) else pc.list_value_length(column)
-    return length.to_numpy().astype(np.float64)
+    if not pa.types.is_nested(column.type):
+        return pc.utf8_length(column.cast(pa.large_string())).to_numpy().astype(np.float64)
+    return pc.list_value_length(column).to_numpy().astype(np.float64)
 
 
 def _errors(table: pa.Table, num_responses: int) -> list[tuple[str, int, str]]:

@@ -8,6 +8,7 @@ it. A reward depends on its row alone; batch size and order change it by roundin
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -75,7 +76,7 @@ class RewardModel:
     text: str
     kind: Kind
     fingerprint: str
-    """Hub commit, or sha256 of a folder's safetensors, of the function's source file, of the judge's
+    """Hub commit, or sha256 of a folder's safetensors, of the function's source files, of the judge's
     template.
     """
     model: ModelRef | None = None
@@ -88,6 +89,8 @@ class RewardModel:
         about = {"kind": self.kind, "fingerprint": self.fingerprint}
         if self.endpoint is not None:
             return about | {"url": self.endpoint.url, "model": self.endpoint.model}
+        if self.function is not None:
+            return about | {"function": self.text.rpartition(":")[2]}
         if self.model is None or self.chat is None:
             return about
         return about | {
@@ -149,15 +152,33 @@ def _resolve_function(text: str, match: re.Match[str], flag: str) -> RewardModel
             if match["file"]
             else importlib.import_module(match["module"])
         )
-    except (ImportError, FileNotFoundError) as error:
+    except Exception as error:  # the user's code may raise anything
         raise BadUse(
-            f"{flag} {text} can't be imported ({error}): expected package.module:function or ./file.py:function."
+            f"{flag} {text} can't be imported ({type(error).__name__}: {error}): expected package.module:function or "
+            "./file.py:function; --debug shows where it fails."
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
         raise BadUse(f"{flag} {text}: {module.__name__} has no function {name}.")
-    source = inspect.getsourcefile(module)
-    return RewardModel(text, "Python function", sha256_of([Path(source)]) if source else "built in", function=function)
+    return RewardModel(text, "Python function", _fingerprint_code(module, function), function=function)
+
+
+def _fingerprint_code(module: ModuleType, function: Any) -> str:
+    """sha256 of the file that a function is named by and of the one that holds its code; most often they are one."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    code = inspect.unwrap(function)
+    holder = code if inspect.isroutine(code) or inspect.isclass(code) else type(code)
+    files = {file for item in (module, holder) if (file := _source_file(item)) is not None}
+    return sha256_of(files) if files else "built in"
+
+
+def _source_file(item: Any) -> Path | None:
+    try:
+        source = inspect.getsourcefile(item)
+    except TypeError:  # built in
+        return None
+    return Path(source) if source else None
 
 
 def _import_file(path: Path) -> ModuleType:

@@ -74,6 +74,8 @@ class VllmClassifier:
         return Encoded(self._chat.conversation_ids(row["prompt"], row["response"]))
 
     def _logits(self, conversations: Sequence[list[int]]) -> list[float]:
+        if not conversations:
+            return []  # which vLLM refuses
         from vllm import PoolingParams
         from vllm.inputs import TokensPrompt
         from vllm.v1.engine.exceptions import EngineDeadError
