@@ -523,7 +523,7 @@ def describe(plan: Plan, config: Config, summary: Summary, engines: list[dict[st
 
 COLUMNS = {
     "prompt_id": "the source's, or the first 16 hex digits of sha256 of the prompt",
-    "prompt": "the prompt as it came: text, or messages",
+    "prompt": "the prompt as it came: text, or messages with text as content",
     "category": "the source's",
     "response_{i}": "text of the response, without special tokens",
     "response_{i}_tokens": "its ids as sampled, with the stop id if one was emitted",
