@@ -106,7 +106,8 @@ class EngineOptions:
     enforce_eager: How[bool] = False
     """Do not let vLLM compile the model (on CPU it never does)."""
     distributed_executor_backend: How[Literal["mp", "ray"] | None] = None
-    """How vLLM starts the processes of one model; ray for a model that spans machines."""
+    """How vLLM starts the processes of one model. ray: on the machines of a Ray cluster that is up; see
+    docs/generate.md."""
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], finish_reason: FinishReason) -> str:
