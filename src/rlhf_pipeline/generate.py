@@ -177,6 +177,8 @@ def check_values(config: Config) -> None:
         )
     if config.backend == "vllm":
         preflight.check_importable("vllm", flag="--backend vllm", instead="pass --backend transformers")
+        if config.engine.distributed_executor_backend == "ray":
+            preflight.check_importable("ray", flag="--engine.distributed_executor_backend ray")
     else:
         check_transformers_options(config)
 
@@ -284,6 +286,13 @@ def choose_tensor_parallel_size(config: Config, num_heads: int) -> int:
             f"--tensor_parallel_size {size} does not divide the {num_heads} attention heads of --model {config.model}: "
             "pass a divisor of that."
         )
+    if config.engine.distributed_executor_backend == "ray":
+        if not gpus:
+            raise BadUse(
+                "--engine.distributed_executor_backend ray starts from a machine of the Ray cluster that has GPUs, and "
+                "none is visible here: run the command on one of those."
+            )
+        return size  # of all machines: Ray knows their GPUs
     if not gpus:
         vllm_engine.split_cores(engines * size)  # refuses more groups than cores
     flag = "--tensor_parallel_size" if engines == 1 else "--tensor_parallel_size x --data_parallel_size"
@@ -523,7 +532,7 @@ def describe(plan: Plan, config: Config, summary: Summary, engines: list[dict[st
 
 COLUMNS = {
     "prompt_id": "the source's, or the first 16 hex digits of sha256 of the prompt",
-    "prompt": "the prompt as it came: text, or messages",
+    "prompt": "the prompt as it came: text, or messages with text as content",
     "category": "the source's",
     "response_{i}": "text of the response, without special tokens",
     "response_{i}_tokens": "its ids as sampled, with the stop id if one was emitted",

@@ -356,6 +356,29 @@ def test_keys_that_arrow_filled_with_null_are_as_if_absent(folder_of):
     assert chat.prompt_ids([named, unnamed]) == spelled(chat, kind, expected)
 
 
+@every_kind
+def test_content_in_parts_is_their_text(name, chats):
+    """As chat APIs write it; Arrow gives every part all keys."""
+    parts = [{"type": "text", "text": "Hi", "image_url": None}, {"type": "text", "text": "there"}]
+    assert chats[name].prompt_ids([{"role": "user", "content": parts}]) == chats[name].prompt_ids("Hi\nthere")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [5, [], {"type": "text", "text": "Hi"}, ["Hi"], [{"type": "text"}], [{"type": "image_url", "image_url": "x.png"}]],
+)
+def test_content_that_is_no_text_is_refused(content, chats):
+    with pytest.raises(BadUse, match=r"a message's content must be text, or a list of parts of type text, not "):
+        chats["llama_3"].prompt_ids([{"role": "user", "content": content}])
+
+
+def test_a_role_that_is_no_text_is_refused(folder_of):
+    template = CHATML.replace("{{ m.role }}\n{{ m.content }}", "{{ m.role + '\n' + m.content }}")
+    chat = Chat.load(folder_of(Kind(template, None, "<|im_end|>", ("<|im_start|>",), "", "")))
+    with pytest.raises(BadUse, match=r"refuses a conversation \(first roles: 5\): unsupported operand"):
+        chat.prompt_ids([{"role": 5, "content": "Hi"}])
+
+
 @pytest.mark.parametrize("prompt", [[], None, ["Hi"], [{"content": "Hi"}], [{"role": "assistant", "content": "a"}]])
 def test_what_no_answer_can_follow_is_refused(prompt, chats):
     with pytest.raises(BadUse, match=r"a (prompt|message) must be"):

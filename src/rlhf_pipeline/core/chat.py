@@ -226,7 +226,7 @@ class Chat:
                 add_generation_prompt=open_turn,
                 **self._clock,
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:  # TypeError: a role that is no text
             roles = ", ".join(str(turn["role"]) for turn in conversations[0])
             raise BadUse(
                 f"the chat template of {self.name} refuses a conversation (first roles: {roles}): {error}"
@@ -305,7 +305,7 @@ def turns_of(prompt: Prompt, system_prompt: str | None) -> list[dict[str, Any]]:
     if isinstance(prompt, str):
         turns: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
     else:
-        turns = [_without_nulls(turn) for turn in prompt or ()]
+        turns = [_message(turn) for turn in prompt or ()]
     if not turns or any("role" not in turn for turn in turns) or turns[-1]["role"] == "assistant":
         raise BadUse(
             "a prompt must be text, or a list of {role, content} that ends before an assistant turn, not "
@@ -316,11 +316,29 @@ def turns_of(prompt: Prompt, system_prompt: str | None) -> list[dict[str, Any]]:
     return turns
 
 
-def _without_nulls(turn: Any) -> dict[str, Any]:
-    """A message as templates expect it: Arrow gives every message all keys, with null for those it lacks."""
+def _message(turn: Any) -> dict[str, Any]:
+    """A message as templates expect it. Arrow gives every message all keys, with null for those it lacks."""
     if not isinstance(turn, dict):
         raise BadUse(f"a message must be an object with role and content, not {str(turn)[:200]!r}.")
-    return {key: value for key, value in turn.items() if value is not None}
+    message = {key: value for key, value in turn.items() if value is not None}
+    if "content" in message:
+        message["content"] = _text_of(message["content"])
+    return message
+
+
+def _text_of(content: Any) -> str:
+    """A message's content, which may be a list of parts {type: text, text}: their texts, on lines of their own."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    texts = [part["text"] for part in parts if _is_text(part)]
+    if not texts or len(texts) < len(parts):
+        raise BadUse(f"a message's content must be text, or a list of parts of type text, not {str(content)[:200]!r}.")
+    return "\n".join(texts)
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _tokenizer_folder(model: str, flag: str) -> Path:

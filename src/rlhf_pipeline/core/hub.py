@@ -101,7 +101,9 @@ def check_access(repo_id: str, kind: Kind, *, flag: str) -> None:
 
 
 def writable_accounts() -> set[str]:
-    """The account and organisations that the stored token may write to; empty without a token."""
+    """The account and organisations that the stored token may write to; empty offline or without a token that the Hub
+    takes. Raises WorkFailed when the Hub does not say.
+    """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -109,9 +111,20 @@ def writable_accounts() -> set[str]:
         return set()
     try:
         who = HfApi().whoami()
-    except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError):
+        return {str(who["name"]), *(str(org["name"]) for org in who.get("orgs", ()))}
+    except OfflineModeIsEnabled:
         return set()
-    return {str(who["name"]), *(str(org["name"]) for org in who.get("orgs", ()))}
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status < 500 and status != 429:  # it takes no such token
+            return set()
+        why = f"HTTP {status}"
+    except (ConnectionError, _transport_error()) as error:
+        why = str(error)
+    raise WorkFailed(
+        f"the Hub does not say where the stored token may write ({why}): run the same command again, "
+        "or name the output with --output_repo."
+    )
 
 
 def create_repo(repo_id: str, kind: Kind, *, private: bool, flag: str) -> None:

@@ -146,11 +146,7 @@ def check_hub_write(repo_id: str, *, flag: str) -> None:
     owner, _, name = repo_id.partition("/")
     accounts = hub.writable_accounts()
     if owner not in accounts:
-        may = (
-            f"the token may write to {', '.join(sorted(accounts))}"
-            if accounts
-            else "it accepted no token (or can't be reached)"
-        )
+        may = f"the token may write to {', '.join(sorted(accounts))}" if accounts else "it accepted no token"
         raise BadUse(
             f"{flag} {repo_id} is on the Hub, and {may}: run `hf auth login` with a token of {owner}, "
             f"or write ./{name} for a local folder."

@@ -1,13 +1,15 @@
-"""What every use of vLLM in this project needs: its environment, and to notice when its core process has died."""
+"""What every use of vLLM in this project needs: its environment, and to notice when its core process dies or hangs."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from rlhf_pipeline.core.command import BadUse
+from rlhf_pipeline.core.command import BadUse, WorkFailed
 
 ENDS_WITH_PARENT = "RLHF_PIPELINE_ENGINE"
 """Environment variable that tells vLLM's processes to end with the one that started them."""
@@ -15,6 +17,8 @@ CORES_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
 """Environment variable in which vLLM finds the CPU cores of each of its workers."""
 CPU_KV_CACHE_GIB = "1"
 """vLLM's KV cache on CPU, unless VLLM_CPU_KVCACHE_SPACE says otherwise."""
+SILENCE = 600
+"""Seconds that a step may take. A first compilation or a long prefill takes long too, but not so long."""
 
 
 def set_environment(tensor_parallel_size: int = 1, *, batch_invariant: bool = False) -> bool:
@@ -54,11 +58,11 @@ def split_cores(groups: int) -> list[list[int]]:
     return [cores[size * i : size * (i + 1)] for i in range(groups)]
 
 
-def wake_when_dead(engine_core: Any) -> None:
-    """Let a blocked `step` raise when vLLM's core process has been killed.
+def wake_when_dead(engine_core: Any, step_under_way: Callable[[], object] = lambda: None) -> None:
+    """Let a blocked `step` raise when vLLM's core process has been killed, or has been silent for SILENCE seconds.
 
-    vLLM 0.32 then closes its client and marks it dead, while `step` goes on waiting for an output that can't
-    come.
+    step_under_way: another object for each step, None between two. When the core is killed vLLM 0.32 closes its client
+    and marks it dead, while `step` goes on waiting for an output that can't come; of one that hangs it knows nothing.
     """
     if not hasattr(engine_core, "outputs_queue"):  # the core lives in this process
         return
@@ -66,8 +70,28 @@ def wake_when_dead(engine_core: Any) -> None:
     def watch() -> None:
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        while not engine_core.resources.engine_dead:
-            time.sleep(1)
-        engine_core.outputs_queue.put(EngineDeadError())
+        last: object = None
+        seconds = 0
+        while not engine_core.resources.engine_dead and seconds < SILENCE:
+            time.sleep(1)  # seconds of this thread, not of a clock: where all of us were stopped, nothing hangs
+            step = step_under_way()
+            seconds = seconds + 1 if step is not None and step is last else 0
+            last = step
+        silent = f"vLLM has computed nothing for {SILENCE} s; what is finished is kept: run the same command again."
+        engine_core.outputs_queue.put(EngineDeadError() if engine_core.resources.engine_dead else WorkFailed(silent))
 
     threading.Thread(target=watch, daemon=True, name="vllm-watch").start()
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Turn what vLLM raises when it dies or fails into WorkFailed."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except (EngineDeadError, RuntimeError) as error:  # RuntimeError: out of memory, or a worker process is gone
+        raise WorkFailed(
+            f"vLLM has stopped working ({type(error).__name__}: {error}); what is finished is kept: "
+            "run the same command again."
+        ) from error

@@ -112,6 +112,31 @@ def test_an_endpoint_that_refuses_all_ends_the_run(server: ChatServer) -> None:
     assert REFUSALS <= len(server.requests) < REFUSALS + 10
 
 
+def test_a_few_prompts_that_are_refused_first_do_not_end_the_run(server: ChatServer) -> None:
+    """4 prompts x 5 responses are 20 refusals, of 4 prompts."""
+    server.refuse = lambda body: "too long" if body["messages"][0]["content"] < "question 4" else None
+    wanted = [Request(5 * p + i, (), 50 * i, f"question {p}") for p in range(6) for i in range(5)]
+    found = sample(server, wanted, concurrency=1)
+    assert [key for key in sorted(found) if found[key].error] == list(range(REFUSALS))
+    assert len(found) == 30
+
+
+def test_refusals_wait_for_an_answer_to_what_was_asked_with_them(server: ChatServer) -> None:
+    """The first request is answered when more prompts have been refused than the run would bear without."""
+
+    def answer(body: dict[str, Any]) -> str:
+        deadline = time.monotonic() + 20
+        while len(server.requests) <= 2 * REFUSALS and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return "Yes."
+
+    server.answer = answer
+    server.refuse = lambda body: None if body["messages"][0]["content"] == "question 0" else "too long"
+    found = sample(server, requests(3 * REFUSALS))
+    assert [key for key, one in found.items() if one.error is None] == [0]
+    assert len(found) == 3 * REFUSALS
+
+
 def test_so_many_are_asked_at_a_time_and_no_more(server: ChatServer) -> None:
     """The first four are held until all four are there: fewer at a time would never come to an end."""
     together = threading.Barrier(4)

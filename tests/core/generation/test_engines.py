@@ -13,6 +13,7 @@ from rlhf_pipeline.core.generation import engines
 from rlhf_pipeline.core.generation.sampling import EngineOptions, Request
 
 GIB = 1024**3
+RAY = EngineOptions(distributed_executor_backend="ray")
 
 
 @pytest.fixture
@@ -54,9 +55,25 @@ def test_more_gpus_than_there_are_is_refused(eight_gpus: None) -> None:
 
 
 def test_engines_on_one_machine_do_not_go_with_ray() -> None:
-    options = EngineOptions(distributed_executor_backend="ray")
     with pytest.raises(BadUse, match="--data_parallel_size 2 starts engines on this machine"):
-        generate.check_values(config(data_parallel_size=2, engine=options))
+        generate.check_values(config(data_parallel_size=2, engine=RAY))
+
+
+def test_with_ray_a_model_may_take_more_gpus_than_this_machine_has(
+    eight_gpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert generate.choose_tensor_parallel_size(config(tensor_parallel_size=16, engine=RAY), 32) == 16
+    monkeypatch.setattr(preflight, "visible_gpus", list)
+    with pytest.raises(BadUse, match="backend ray starts from a machine of the Ray cluster that has GPUs, and none is"):
+        generate.choose_tensor_parallel_size(config(tensor_parallel_size=16, engine=RAY), 32)
+
+
+def test_ray_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "ray" else name)
+    with pytest.raises(
+        BadUse, match=r"_backend ray needs the package ray, which is not installed: run `pip install ray`"
+    ):
+        generate.check_values(config(engine=RAY))
 
 
 class FakeEngine:

@@ -97,6 +97,18 @@ def test_messages_that_no_answer_can_follow_are_set_aside(tmp_path, tiny_policy)
     }
 
 
+def test_content_in_parts_is_kept_as_text_and_pictures_are_set_aside(tmp_path, tiny_policy):
+    """Beside content that is text: one column holds both."""
+    texts = [[{"role": "user", "content": content}] for content in ("Hi", [{"type": "text", "text": "Hi"}])]
+    picture = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x.png"}}]}]
+    prompts = load(tmp_path, [{"prompt": prompt} for prompt in (*texts, picture)], tiny_policy)
+    assert [(prompt.row, prompt.prompt) for prompt in prompts.kept] == [(0, texts[0]), (1, texts[0])]
+    assert prompts.kept[0].ids == prompts.kept[1].ids
+    [skipped] = prompts.skipped
+    assert (skipped["row"], skipped["reason"]) == (2, "no conversation that an answer can follow")
+    assert "must be text, or a list of parts of type text, not" in skipped["detail"] and "x.png" in skipped["detail"]
+
+
 def test_a_prompt_one_token_shorter_than_the_window_is_kept(tmp_path, tiny_policy):
     length = len(load(tmp_path, [{"prompt": "Hello!"}], tiny_policy).kept[0].ids)
     assert load(tmp_path, [{"prompt": "Hello!"}], tiny_policy, window=length + 1).longest == length

@@ -424,10 +424,19 @@ def test_vllm_says_what_it_ran_with(vllm_run: dict[str, Any]) -> None:
     )
 
 
-def sample_until_killed(folder: Path, output: Path) -> None:
-    """Long responses from a vLLM with processes of its own, whose ids are in `output` once it samples."""
+HANG = 5
+"""Seconds of silence that `sample_until` takes for a hang."""
+
+
+def sample_until(folder: Path, output: Path, end: str) -> None:
+    """Long responses from a vLLM with processes of its own, whose ids are in `output` once it samples.
+
+    end: killed; hung; or killed between steps, when no step is under way.
+    """
     from transformers import AutoTokenizer
 
+    if end == "hung":
+        vllm_engine.SILENCE = HANG
     tokenizer, settings = AutoTokenizer.from_pretrained(folder), SamplingSettings(max_tokens=1000)
     sampler = VllmSampler(
         folder, tokenizer, settings, EngineOptions(max_num_seqs=4), dtype="float32", max_model_len=1100
@@ -435,17 +444,20 @@ def sample_until_killed(folder: Path, output: Path) -> None:
     samples = sampler.sample(Request(key, (1, 2, key), key) for key in range(500))
     next(samples)
     output.write_text(" ".join(str(child.pid) for child in multiprocessing.active_children()))
+    if end == "killed between steps":
+        wait_for(lambda: sampler._engine.engine_core.resources.engine_dead, 60)
     for _ in samples:
         pass
 
 
 @pytest.fixture
 def sampling_process(
-    tiny_policy: Path, tmp_path: Path, command_environment: dict[str, str]
+    request: pytest.FixtureRequest, tiny_policy: Path, tmp_path: Path, command_environment: dict[str, str]
 ) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """A process that samples, and the ids of vLLM's own."""
+    """A process that runs `sample_until`, and the ids of vLLM's own."""
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    command = [sys.executable, __file__, str(tiny_policy), str(tmp_path / "pids"), "until killed"]
+    end = getattr(request, "param", "killed")
+    command = [sys.executable, __file__, str(tiny_policy), str(tmp_path / "pids"), end]
     environment = {**command_environment, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
@@ -473,6 +485,7 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sampling_process", ["killed", "killed between steps"], indirect=True)
 def test_a_killed_core_process_is_reported_within_seconds(
     sampling_process: tuple[subprocess.Popen[str], list[int]],
 ) -> None:
@@ -482,6 +495,27 @@ def test_a_killed_core_process_is_reported_within_seconds(
     _, said = process.communicate(timeout=30)
     assert process.returncode == 1
     assert "WorkFailed: vLLM has stopped working (EngineDeadError" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling_process", ["hung"], indirect=True)
+def test_a_core_process_that_hangs_is_reported_and_killed(
+    sampling_process: tuple[subprocess.Popen[str], list[int]],
+) -> None:
+    """Stopped alone it hangs. Stopped with the process that waits for it, as by Ctrl-Z, it does not."""
+    process, (core,) = sampling_process
+    for pid in (process.pid, core):
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(HANG + 2)
+    for pid in (core, process.pid):
+        os.kill(pid, signal.SIGCONT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=HANG + 2)
+    os.kill(core, signal.SIGSTOP)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"WorkFailed: vLLM has computed nothing for {HANG} s; what is finished is kept: run the same" in said
+    assert not is_running(core)
 
 
 @pytest.mark.slow
@@ -499,4 +533,4 @@ def test_vllms_processes_end_with_a_killed_command(
 
 
 if __name__ == "__main__":
-    (run_vllm if len(sys.argv) == 3 else sample_until_killed)(Path(sys.argv[1]), Path(sys.argv[2]))
+    (run_vllm if len(sys.argv) == 3 else sample_until)(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

@@ -49,6 +49,43 @@ def test_a_csv_with_short_rows_gives_nulls_and_with_long_ones_is_refused(tmp_pat
         open_source(str(tmp_path / "long.csv"), flag="--prompts")
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_a_byte_order_mark_belongs_to_no_column(tmp_path, suffix):
+    text = {
+        ".csv": "prompt,n\nGrüß Gott,1\n",
+        ".jsonl": '{"prompt": "Grüß Gott"}\n',
+        ".json": '[{"prompt": "Grüß Gott"}]',
+    }
+    path = tmp_path / f"prompts{suffix}"
+    path.write_text(text[suffix], encoding="utf-8-sig")
+    assert [row["prompt"] for row in open_source(str(path), flag="--prompts").rows()] == ["Grüß Gott"]
+
+
+@pytest.mark.parametrize(("encoding", "byte"), [("cp1252", "0xfc"), ("utf-16-le", "0xfc"), ("utf-16", "0xff")])
+def test_another_encoding_than_utf_8_is_refused(tmp_path, encoding, byte):
+    for suffix in (".csv", ".jsonl", ".json"):
+        path = tmp_path / f"prompts{suffix}"
+        path.write_text("üprompt\nhello\n", encoding=encoding)
+        with pytest.raises(BadUse, match=rf"--prompts {path} is not UTF-8 \(it has a byte {byte}\): save it in"):
+            open_source(str(path), flag="--prompts")
+
+
+def test_a_parquet_file_that_is_none_is_refused_by_name(tmp_path):
+    """A pointer of git-lfs, a file that was cut off, one whose metadata is damaged, an empty one: alone, and in a
+    folder of ours."""
+    pq.write_table(pa.table({"prompt": ["hello"] * 100}), tmp_path / "whole.parquet")
+    whole = (tmp_path / "whole.parquet").read_bytes()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    alone = tmp_path / "p.parquet"
+    shard = tmp_path / "ours" / "data" / "train-00000-of-00001.parquet"
+    shard.parent.mkdir(parents=True)
+    for content in (pointer, whole[:-20], whole[:-100] + b"\xff" * 92 + whole[-8:], b""):
+        for name, path in ((alone, alone), (tmp_path / "ours", shard)):
+            path.write_bytes(content)
+            with pytest.raises(BadUse, match=rf"--prompts {path} can't be read as parquet \(.*\): .*`git lfs pull`"):
+                open_source(str(name), flag="--prompts")
+
+
 def test_a_column_of_mixed_kinds_is_refused_by_its_name_where_a_table_is_read(tmp_path):
     rows = [{"prompt": "p", "n": 1}] * 1200 + [{"prompt": "p", "n": "one"}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,5 +1,10 @@
 """What a reference names."""
 
+import http.server
+import json
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -52,3 +57,46 @@ def test_default_output_lies_beside_a_local_input(tmp_path):
         default_output(parse_ref(str(tmp_path / "responses"), flag="--x"), "_armo").folder
         == tmp_path / "responses_armo"
     )
+
+
+def test_default_output_is_on_the_hub_only_where_it_lets_us_write_and_nowhere_while_it_does_not_say(
+    command_environment,
+):
+    """The Hub says alice, takes no token, is out of order, wants us to wait, hangs up. In a process of its own:
+    huggingface_hub reads its settings once, when it is imported."""
+    statuses = [200, 401, 503, 429, None]
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status = statuses.pop(0)
+            if status is not None:
+                body = json.dumps({"type": "user", "name": "alice", "orgs": []}).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    script = """
+from rlhf_pipeline.core.command import WorkFailed
+from rlhf_pipeline.core.storage import default_output, parse_ref
+for _ in range(5):
+    try:
+        print(default_output(parse_ref("alice/responses", flag="--input_repo"), "_armo"))
+    except WorkFailed as error:
+        print(error)
+"""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        environment = {**command_environment, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": url, "HF_TOKEN": "hf_secret"}
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert said[:2] == ["hf://alice/responses_armo", "responses_armo"]
+    for line, why in zip(said[2:], ("HTTP 503", "HTTP 429", ""), strict=True):
+        assert line.startswith(f"the Hub does not say where the stored token may write ({why}")
+        assert line.endswith("run the same command again, or name the output with --output_repo.")

@@ -7,7 +7,7 @@ import json
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -17,7 +17,7 @@ from rlhf_pipeline.core.command import WorkFailed
 from rlhf_pipeline.core.generation.sampling import Request, Sample, SamplingSettings
 
 REFUSALS = 20
-"""So many refusals with no answer before them: the endpoint objects to what we ask for, not to a prompt."""
+"""So many prompts refused with no answer before them: the endpoint objects to what we ask for, not to a prompt."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,15 @@ class EndpointSampler:
     def sample(self, requests: Iterable[Request]) -> Iterator[Sample]:
         """Samples as they come. Raises WorkFailed when the endpoint refuses us, or stops to answer."""
         todo: SimpleQueue[Request | None] = SimpleQueue()
-        found: SimpleQueue[Sample | WorkFailed] = SimpleQueue()
+        found: SimpleQueue[tuple[Request, Sample | WorkFailed]] = SimpleQueue()
         workers = self._endpoint.concurrency
+        left = iter(requests)
+        first = list(islice(left, 2 * workers))
+        left, unheard = chain(first, left), {request.key for request in first}
+        refused: set[str] = set()
         for _ in range(workers):  # daemons, not a pool: leaving must not wait for the answers under way
             threading.Thread(target=self._work, args=(todo, found), daemon=True).start()
-        left = iter(requests)
-        pending = answered = refused = 0
+        answered, pending = False, 0
         try:
             while True:
                 for request in islice(left, 2 * workers - pending):
@@ -57,13 +60,16 @@ class EndpointSampler:
                     pending += 1
                 if not pending:
                     return
-                sample = found.get()
+                request, sample = found.get()
                 pending -= 1
                 if isinstance(sample, WorkFailed):
                     raise sample
-                answered += sample.error is None
-                refused += sample.error is not None
-                if refused >= REFUSALS and not answered:
+                unheard.discard(sample.key)
+                answered = answered or sample.error is None
+                if not answered:
+                    refused.add(json.dumps(request.prompt))
+                # a refusal comes sooner than an answer: wait for what was asked with it
+                if not answered and not unheard and len(refused) >= REFUSALS:
                     raise WorkFailed(f"{self._endpoint.url} refuses every request: {sample.error}")
                 yield sample
         finally:
@@ -76,7 +82,7 @@ class EndpointSampler:
     def close(self) -> None:
         """Nothing to shut down."""
 
-    def _work(self, todo: SimpleQueue[Request | None], found: SimpleQueue[Sample | WorkFailed]) -> None:
+    def _work(self, todo: SimpleQueue[Request | None], found: SimpleQueue[tuple[Request, Sample | WorkFailed]]) -> None:
         while (request := todo.get()) is not None:
             outcome: Sample | WorkFailed = WorkFailed("a thread that asks the endpoint has died")
             try:
@@ -85,7 +91,7 @@ class EndpointSampler:
                 outcome = error
                 return
             finally:  # also with an error of ours: someone waits for it
-                found.put(outcome)
+                found.put((request, outcome))
 
     def _ask(self, request: Request) -> Sample:
         try:

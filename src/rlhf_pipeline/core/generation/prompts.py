@@ -139,7 +139,7 @@ def prepare(source: Source, chat: Chat | None, rows: Sequence[int], window: int 
                     Prompt(
                         number,
                         ids_of_rows[number],
-                        row[schema.PROMPT],
+                        _with_text(row[schema.PROMPT]),
                         row.get(schema.CATEGORY),
                         array("i", ids),
                     )
@@ -161,6 +161,11 @@ def _blocks(source: Source, rows: Sequence[int]) -> Iterator[list[tuple[int, dic
     read = {number: row for number, row in enumerate(found, first) if number in wanted}
     for start in range(0, len(rows), BLOCK):
         yield [(number, read.pop(number)) for number in rows[start : start + BLOCK]]
+
+
+def _with_text(prompt: Any) -> Any:
+    """The prompt with text as each message's content: a column can't hold text in some rows and parts in others."""
+    return prompt if isinstance(prompt, str) else turns_of(prompt, None)
 
 
 def _unusable(prompt: Any, kind: type | None) -> str | None:

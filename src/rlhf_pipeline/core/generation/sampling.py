@@ -106,7 +106,8 @@ class EngineOptions:
     enforce_eager: How[bool] = False
     """Do not let vLLM compile the model (on CPU it never does)."""
     distributed_executor_backend: How[Literal["mp", "ray"] | None] = None
-    """How vLLM starts the processes of one model; ray for a model that spans machines."""
+    """How vLLM starts the processes of one model. ray: on the machines of a Ray cluster that is up; see
+    docs/generate.md."""
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], finish_reason: FinishReason) -> str:
@@ -161,7 +162,8 @@ class VllmSampler:
                 tensor_parallel_size=tensor_parallel_size,
             )
         )
-        vllm_engine.wake_when_dead(self._engine.engine_core)
+        self._step_under_way: object = None
+        vllm_engine.wake_when_dead(self._engine.engine_core, lambda: self._step_under_way)
         config = self._engine.vllm_config
         self.max_num_seqs: int = config.scheduler_config.max_num_seqs
         self.fewest_waiting: int | None = None
@@ -174,30 +176,28 @@ class VllmSampler:
         return self._engine.get_num_unfinished_requests()
 
     def sample(self, requests: Iterable[Request]) -> Iterator[Sample]:
-        """Samples as they finish. Raises WorkFailed when the engine dies or fails."""
+        """Samples as they finish. Raises WorkFailed when the engine dies, fails or hangs."""
         left = iter(requests)
         while self._fill(left) or self.unfinished:
             yield from self.step()
 
     def add(self, request: Request) -> None:
-        """Queue a request."""
+        """Queue a request. Raises WorkFailed when the engine has died."""
         from vllm.inputs import TokensPrompt
 
         own = copy.copy(self._params)  # vLLM makes itself a deep copy
         own.seed = request.engine_seed
-        self._engine.add_request(str(request.key), TokensPrompt(prompt_token_ids=list(request.prompt_ids)), own)
+        with vllm_engine.explained():
+            self._engine.add_request(str(request.key), TokensPrompt(prompt_token_ids=list(request.prompt_ids)), own)
 
     def step(self) -> list[Sample]:
-        """One more token for all that run; what finished with it. Raises WorkFailed when the engine dies or fails."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
+        """One more token for all that run; what finished with it. Raises WorkFailed as `sample` does."""
+        self._step_under_way = object()
         try:
-            return [self._to_sample(output) for output in self._engine.step()]
-        except (EngineDeadError, RuntimeError) as error:  # RuntimeError: out of memory, or a worker process is gone
-            raise WorkFailed(
-                f"vLLM has stopped working ({type(error).__name__}: {error}); what is finished is kept: "
-                "run the same command again."
-            ) from error
+            with vllm_engine.explained():
+                return [self._to_sample(output) for output in self._engine.step()]
+        finally:
+            self._step_under_way = None
 
     def close(self) -> None:
         self._engine.engine_core.shutdown()

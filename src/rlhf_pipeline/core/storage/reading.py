@@ -22,7 +22,7 @@ from rlhf_pipeline.core.storage.layout import (
     shard_files,
     shards_among,
 )
-from rlhf_pipeline.core.storage.prompt_files import open_file
+from rlhf_pipeline.core.storage.prompt_files import open_file, read_footer
 from rlhf_pipeline.core.storage.references import Ref, parse_ref
 from rlhf_pipeline.core.storage.sources import Source, make_source, parquet_tables
 
@@ -77,11 +77,9 @@ def _open_folder(ref: Ref, folder: Path, split: str | None, flag: str, *, finger
     if not shards:
         return _open_foreign(ref, str(folder), split, flag, revision=None, fingerprint=fingerprint)
     name = _choose_split(tuple(shards), split, ref.text, flag)
-    import pyarrow.parquet as pq
-
     files = shards[name]
-    metadata = [pq.read_metadata(path) for path in files]
-    columns = tuple(pq.read_schema(files[0]).names)
+    metadata = [read_footer(path, flag) for path in files]
+    columns = tuple(metadata[0].schema.to_arrow_schema().names)
     counts = [item.num_rows for item in metadata]
     return make_source(
         ref, name, tuple(shards), columns, sum(counts), fingerprint, provenance, folder,
