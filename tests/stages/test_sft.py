@@ -97,10 +97,12 @@ def test_fresh_weights_follow_from_the_seed(here, tiny_policy, tmp_path):
 
 
 def test_every_turn_of_a_conversation_can_be_learned(tmp_path, tiny_policy):
-    """user, assistant, user, assistant: the last turn alone, or both, each after all that stands before it."""
+    """user, assistant, user, assistant: the last turn alone, or both, each after all that stands before it. Contents
+    may be lists of parts."""
     turns = [("user", "Hello!"), ("assistant", "Hi."), ("user", "Why is the sky blue?"), ("assistant", "Air.")]
     path = tmp_path / "chats.jsonl"
-    path.write_text(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}) + "\n")
+    in_parts = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    path.write_text(json.dumps({"messages": in_parts}) + "\n")
     chat, source = Chat.load(tiny_policy), open_source(str(path), flag="--x")
     last = load_demonstrations(source, chat, max_length=999, every_turn=False)
     every = load_demonstrations(source, chat, max_length=999, every_turn=True)

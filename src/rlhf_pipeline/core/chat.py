@@ -322,11 +322,11 @@ def _message(turn: Any) -> dict[str, Any]:
         raise BadUse(f"a message must be an object with role and content, not {str(turn)[:200]!r}.")
     message = {key: value for key, value in turn.items() if value is not None}
     if "content" in message:
-        message["content"] = _text_of(message["content"])
+        message["content"] = text_of(message["content"])
     return message
 
 
-def _text_of(content: Any) -> str:
+def text_of(content: Any) -> str:
     """A message's content, which may be a list of parts {type: text, text}: their texts, on lines of their own."""
     if isinstance(content, str):
         return content

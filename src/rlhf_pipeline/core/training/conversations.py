@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_pipeline.core.chat import Chat
+from rlhf_pipeline.core.chat import Chat, text_of
 from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.storage import Source
 from rlhf_pipeline.core.training.pairs import Ids
@@ -74,9 +74,13 @@ def _turns(row: dict[str, Any], number: int, name: str, every_turn: bool) -> Ite
         yield before, response
         return
     messages = row[next(iter(row))]
-    if not messages or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
+    if not messages or messages[-1]["role"] != "assistant" or not _text(messages[-1]).strip():
         raise BadUse(f"row {number} of {name} does not end with an assistant turn; expected a response to learn.")
     first = 0 if every_turn else len(messages) - 1
     for index in range(first, len(messages)):
         if messages[index]["role"] == "assistant":
-            yield messages[:index], messages[index]["content"]
+            yield messages[:index], _text(messages[index])
+
+
+def _text(message: dict[str, Any]) -> str:
+    return text_of(message["content"]) if message["content"] else ""
