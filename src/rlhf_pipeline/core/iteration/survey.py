@@ -191,7 +191,7 @@ def survey(stages: Sequence[Stage], part: Sequence[Stage], checker: Checker, *, 
     pending: dict[str, int] = {}
     closed = closed_iterations(part)
     for planned in part:
-        stage = resolved(planned)
+        stage = planned if planned.eta_from and place(planned.eta_from) in pending else resolved(planned)
         if stage.iteration in closed and stage.command != "evaluate":
             state: State = "done" if stage.command == "train" else "data removed"
         else:
