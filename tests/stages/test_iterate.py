@@ -259,6 +259,30 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(
 
 
 @pytest.mark.slow
+def test_a_push_that_failed_is_repeated_by_the_next_start(
+    small: Path, tmp_path: Path, run_command, hub, online
+) -> None:
+    words = ["--recipe", small, "--output", tmp_path / "run", "--repo", "owner/run"]
+
+    def run(*more: Any) -> Any:
+        return run_command("iterate", *words, *more, env=online, cwd=tmp_path)
+
+    hub.failures = [403]
+    assert "iteration_1/generate ended with exit code 2" in run().stderr
+    assert run("--to", "filter").returncode == 0
+    hub.failures = [403]
+    assert "iteration_1/train ended with exit code 2" in run().stderr
+    assert "model.safetensors" not in hub.repos["model", "owner/run-iter1-policy"]["files"]
+    last = run()
+    assert last.returncode == 0 and last.stdout.count("\n$ ") == 1, last.stderr
+    assert "model.safetensors" in hub.repos["model", "owner/run-iter1-policy"]["files"]
+    for name in ("responses", "rewards", "pairs"):
+        files = hub.repos["dataset", f"owner/run-iter1-{name}"]["files"]
+        assert "provenance.json" in files and "pushed.json" not in files
+    assert "all 4 stages are done" in run("--check").stdout
+
+
+@pytest.mark.slow
 def test_a_rule_that_fires_ends_the_run_with_the_best_policy_named(small: Path, tmp_path: Path, run_command) -> None:
     """A random policy is cut off at 24 tokens now and then, so that no more than 0 % fires after iteration 1.
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlhf_pipeline.core import storage
+from rlhf_pipeline.core import hub, storage
 from rlhf_pipeline.core.files import write_json
 from rlhf_pipeline.core.iteration import stages
 from rlhf_pipeline.core.iteration.checks import Checked, Checker
 from rlhf_pipeline.core.iteration.recipes import Recipe
 from rlhf_pipeline.core.iteration.stages import Run, Stage
-from rlhf_pipeline.core.iteration.survey import Look, folder_of, survey
+from rlhf_pipeline.core.iteration.survey import Look, folder_of, state_on_disk, survey
 
 
 class Changed(Checker):
@@ -52,3 +53,15 @@ def test_an_eta_is_not_taken_of_a_policy_that_is_to_be_trained_again(run: Run) -
     assert (done.state, done.stage.flags["rebel.eta"]) == ("done", 0.5)
     again = looks_of(plan, Changed("generate"), overwrite=True)["iteration_2/train"]
     assert again.stage.eta_from == f"{run.folder}/iteration_1/policy" and "rebel.eta" not in again.stage.flags
+
+
+def test_what_belongs_on_the_hub_is_done_once_it_was_pushed_there(run: Run, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    for stage in stages.plan(Recipe(), dataclasses.replace(run, repo="owner/run"))[:4]:
+        finish(stage)
+        assert state_on_disk(stage) == "partial"
+        repo = stage.flags.get("push_to", stage.output)
+        write_json(folder_of(stage.output) / hub.PUSHED, {"repo_id": repo, "commit": "1"})
+        assert state_on_disk(stage) == "done"
+    moved = dataclasses.replace(stage, flags={**stage.flags, "push_to": "owner/elsewhere"})
+    assert state_on_disk(moved) == "partial"

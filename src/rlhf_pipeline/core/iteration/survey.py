@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_pipeline.core import preflight, storage
+from rlhf_pipeline.core import hub, preflight, storage
 from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.files import read_json
 from rlhf_pipeline.core.iteration import estimates
@@ -60,7 +60,8 @@ def state_on_disk(stage: Stage) -> State:
         return "done" if written.exists() and written.stat().st_mtime >= modified(evaluated) else "to do"
     folders = [folder_of(ref) for ref in stage.writes]
     if all((folder / storage.PROVENANCE).exists() for folder in folders):
-        return "done" if stage.command != "evaluate" or covers(stage) else "partial"
+        whole = covers(stage) if stage.command == "evaluate" else is_delivered(stage)
+        return "done" if whole else "partial"
     begun = any(folder.exists() or storage.partial_folder(folder).exists() for folder in folders)
     return "partial" if begun else "to do"
 
@@ -75,6 +76,13 @@ def covers(stage: Stage) -> bool:
     return len(results["policies"]) >= len(as_list(stage.flags["policies"]))
 
 
+def is_delivered(stage: Stage) -> bool:
+    """Whether what belongs on the Hub is there: started again, a stage repeats a push that failed, and nothing else."""
+    repo = storage.parse_ref(stage.output, flag="--output", output=True).repo_id or stage.flags.get("push_to")
+    pushed = read_json(folder_of(stage.output) / hub.PUSHED)
+    return repo is None or (pushed is not None and pushed["repo_id"] == repo)
+
+
 def has_no_data(stage: Stage) -> bool:
     """Whether only the card and the provenance of a stage's dataset are left."""
     folder = folder_of(stage.output)
@@ -83,7 +91,11 @@ def has_no_data(stage: Stage) -> bool:
 
 def closed_iterations(stages: Sequence[Stage]) -> set[int]:
     """The iterations whose policy is there and whose data, or some of them, were removed."""
-    trained = {stage.iteration for stage in stages if stage.command == "train" and state_on_disk(stage) == "done"}
+    trained = {
+        stage.iteration
+        for stage in stages
+        if stage.command == "train" and (folder_of(stage.output) / storage.PROVENANCE).exists()
+    }
     datasets = [stage for stage in stages if stage.command in ("generate", "rank", "filter")]
     return {t for stage in datasets if (t := stage.iteration) and t in trained and has_no_data(stage)}
 
