@@ -25,6 +25,7 @@ from rlhf_pipeline.core.iteration import recipes, slurm, stages
 from rlhf_pipeline.core.iteration.recipes import Recipe
 from rlhf_pipeline.core.iteration.stages import Run
 from rlhf_pipeline.iterate import Config
+from run_maker import make_run
 
 REWARD = """
 def score(rows):
@@ -180,6 +181,21 @@ def test_rules_that_nobody_would_look_at_are_refused_with_slurm(tmp_path: Path) 
     config = Config(output=str(tmp_path / "run"), slurm=True, remove_intermediate=True)
     with pytest.raises(BadUse, match=r"scripts/slurm/iterate\.sbatch"):
         iterate.main(config)
+
+
+# What a finished evaluation says
+
+
+def test_an_evaluation_is_read_by_the_policies_names(tmp_path: Path) -> None:
+    """Somebody has evaluated another policy into it, between those of the run."""
+    folder = make_run(tmp_path / "run", iterations=3, num_prompts=10)
+    told = Recipe(stages={"evaluate": {"reward_models": ["proxy=./reward", "gold=./gold"]}})
+    plan = stages.plan(told, Run(folder=str(folder), model="./sft", prompts="./prompts", iterations=3))
+    evaluation = next(stage for stage in plan if stage.command == "evaluate")
+    policies = ["sft", "iteration_2=./b", "iteration_3=./c"]
+    evaluation = dataclasses.replace(evaluation, flags={**evaluation.flags, "policies": policies})
+    rows, judge = iterate.measured(Config(), evaluation)
+    assert ([row["name"] for row in rows], judge) == (["sft", "iteration_2", "iteration_3"], "gold")
 
 
 # Whole runs

@@ -15,6 +15,7 @@ from rlhf_pipeline.core.iteration.checks import Checked, Checker
 from rlhf_pipeline.core.iteration.recipes import Recipe
 from rlhf_pipeline.core.iteration.stages import Run, Stage
 from rlhf_pipeline.core.iteration.survey import Look, folder_of, state_on_disk, survey
+from rlhf_pipeline.core.reporting.evaluation import RESULTS
 
 
 class Changed(Checker):
@@ -65,3 +66,16 @@ def test_what_belongs_on_the_hub_is_done_once_it_was_pushed_there(run: Run, tmp_
         assert state_on_disk(stage) == "done"
     moved = dataclasses.replace(stage, flags={**stage.flags, "push_to": "owner/elsewhere"})
     assert state_on_disk(moved) == "partial"
+
+
+def test_an_evaluation_is_done_once_it_has_all_policies_and_reward_models_by_name(run: Run) -> None:
+    def evaluation(*reward_models: str) -> Stage:
+        told = Recipe(stages={"evaluate": {"reward_models": [*reward_models]}})
+        return next(stage for stage in stages.plan(told, run) if stage.command == "evaluate")
+
+    finish(evaluation("proxy=./rm"))
+    for others, expected in ((["iteration_1", "iteration_2"], "done"), (["iteration_1", "mine"], "partial")):
+        policies = [{"name": name} for name in ("start", *others)]
+        write_json(Path(run.folder, "evaluation", RESULTS), {"policies": policies, "reward_models": ["proxy"]})
+        assert state_on_disk(evaluation("proxy=./rm")) == expected
+        assert state_on_disk(evaluation("proxy=./rm", "other=./rm2")) == "partial"

@@ -23,6 +23,7 @@ from rlhf_pipeline.core.iteration.stages import (
     with_eta,
 )
 from rlhf_pipeline.core.reporting.evaluation import RESULTS
+from rlhf_pipeline.core.reporting.names import named
 
 State = Literal["done", "data removed", "changed", "partial", "to be looked at", "to do"]
 """changed: done or begun with other settings, and to be done again. to be looked at: there, but what it was made from
@@ -71,9 +72,15 @@ def modified(path: Path) -> float:
 
 
 def covers(stage: Stage) -> bool:
-    """Whether an evaluation, which grows with the run, has all of a stage's policies already."""
-    results = read_json(Path(stage.output, RESULTS)) or {"policies": []}
-    return len(results["policies"]) >= len(as_list(stage.flags["policies"]))
+    """Whether an evaluation, which grows with the run, has all of a stage's policies and reward models already."""
+    results = read_json(Path(stage.output, RESULTS)) or {"policies": [], "reward_models": []}
+    held = {"policies": {item["name"] for item in results["policies"]}, "reward_models": {*results["reward_models"]}}
+    return all(held[flag].issuperset(names_in(stage, flag)) for flag in held)
+
+
+def names_in(stage: Stage, flag: str) -> list[str]:
+    """What an evaluation calls its `policies` or `reward_models`, in order."""
+    return list(named([str(item) for item in as_list(stage.flags.get(flag))], (), f"--{flag}"))
 
 
 def is_delivered(stage: Stage) -> bool:
