@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from conftest import REPO
-from rlhf_pipeline import iterate
+from rlhf_pipeline import evaluate, iterate
 from rlhf_pipeline.core.command import BadUse, parse
 from rlhf_pipeline.core.iteration import recipes, slurm, stages
 from rlhf_pipeline.core.iteration.recipes import Recipe
@@ -61,6 +61,18 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_defaults(tmp_
     assert config.overrides == ("--train.lr", "2")
     assert iterate.read_recipe(config).stages == {"train": {"lr": "2"}}
     assert iterate.choose_folder(config) == "runs/r"
+
+
+def test_flags_that_evaluate_hands_on_come_through_iterate() -> None:
+    flags = "--engine.max_model_len 4096"
+    config = Config.from_words(["--output", "runs/x", f"--evaluate.generate_flags={flags}"])
+    evaluation = iterate.read_recipe(config).stages["evaluate"]
+    assert (
+        parse(
+            evaluate.Config, ["--policies", "a", "--reward_models", "b", *recipes.words_of(evaluation)]
+        ).generate_flags
+        == flags
+    )
 
 
 def test_a_recipe_can_not_say_what_belongs_to_one_start(tmp_path: Path) -> None:

@@ -175,8 +175,7 @@ def look_at(
         if overwrite:
             return "changed"
         raise BadUse(describe_change(stage, stages, answer))
-    sentence = answer.error if "\n" not in answer.error else f"its flags are wrong:\n{answer.error}"
-    raise BadUse(f"{stage.name}: {sentence}")
+    raise BadUse(f"{stage.name}: {answer.error}")
 
 
 def describe_change(stage: Stage, stages: Sequence[Stage], answer: Checked) -> str:
