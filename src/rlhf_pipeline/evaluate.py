@@ -16,8 +16,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,6 +39,7 @@ from rlhf_pipeline.core.command import (
 )
 from rlhf_pipeline.core.files import read_json, write_json
 from rlhf_pipeline.core.iteration import plan_table
+from rlhf_pipeline.core.iteration.checks import Checker
 from rlhf_pipeline.core.progress import duration, say
 from rlhf_pipeline.core.ranking import scoring
 from rlhf_pipeline.core.reporting import evaluation, verdict
@@ -55,6 +56,8 @@ RESERVED = {RESPONSES, LOG_PROBS, ENSEMBLE, *verdict.OTHER_COLUMNS}
 """What a policy, and what a reward model, can't be called: it means something else in the folder or in summary.json."""
 PLACES = ("policies", "reward_models", "judge_model", "judge_template", "prompts", "output", "chat_template")
 """Fields that name things: what they hold counts, by its fingerprint, not what they are called."""
+FLAGS = ("generate_flags", "rank_flags")
+"""Fields that hold the stages' own flags, of which the stages know what decides rows."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,9 @@ class Config:
     backend: What[Literal["vllm", "transformers"]] = "vllm"
     """generate's engine."""
     generate_flags: What[str] = ""
-    """Further flags for generate, as one string: "--engine.max_model_len 4096"."""
+    """Further flags for generate, as one string after =: --generate_flags="--engine.max_model_len 4096"."""
     rank_flags: What[str] = ""
-    """Further flags for rank, as one string."""
+    """Further flags for rank, as one string after =."""
     tensor_parallel_size: How[int | None] = None
     """generate's GPUs that share a policy. None: all visible ones, or 1 on CPU."""
     rank_processes: How[int] = 1
@@ -255,6 +258,41 @@ def state_of(plan: Plan, *, overwrite: bool) -> tuple[str, dict[str, Any]]:
     return ("done" if done else "partial"), merged
 
 
+def settle_flags(config: Config, plan: Plan) -> Plan:
+    """`plan` with the recorded FLAGS where generate and rank take what is there for what they would make with its own.
+
+    Raises BadUse for flags that one of them refuses.
+    """
+    recorded, now = recorded_identity(plan.folder), plan.identity["what"]
+    before = {name: recorded["what"][name] if recorded else "" for name in FLAGS}
+    if before.items() <= now.items():
+        return plan
+    refused = refusal(config, plan.folder, {})
+    if refused and refusal(config, plan.folder, {}, "--overwrite"):
+        raise BadUse(refused)
+    if refused or recorded is None:
+        return plan
+    return replace(plan, identity={**plan.identity, "what": {**now, **before}})
+
+
+def refusal(config: Config, folder: Path, pending: Mapping[str, int], *more: str) -> str | None:
+    """What the first stage that would refuse its command says in its --check; None if all would run."""
+    judges = list(judges_of(config))
+    with Checker() as checker:
+        for policy in policies_of(config):
+            responses = folder / policy / RESPONSES
+            waits = [f"{ref}={rows}" for ref, rows in pending.items()]
+            waits += [] if is_whole(responses) else [f"{responses}=0"]
+            check = ["--check", *more, *(["--pending", *waits] if waits else [])]
+            generate, rank = generate_command(config, folder, policy), rank_command(config, folder, policy, judges)
+            for name, words in (("generate", generate), ("rank", rank)):
+                flags = words[words.index(f"rlhf_pipeline.{name}") + 1 :]
+                answer = checker.check(words[0], name, [*flags, *check])
+                if answer.code != 0:
+                    return f"{name} for {policy}: {answer.error}"
+    return None
+
+
 def print_plan(plan: Plan, config: Config, state: str) -> None:
     prompts = min(plan.source.num_rows, config.num_prompts or plan.source.num_rows)
     for position, (name, model) in enumerate(plan.policies.items()):
@@ -285,6 +323,8 @@ def check_pending(config: Config, pending: dict[str, int]) -> Path:
     if rows is None:
         rows = storage.open_source(config.prompts, flag="--prompts", split=config.split).num_rows
     rows = min(rows, config.num_prompts or rows)
+    if (config.generate_flags or config.rank_flags) and (refused := refusal(config, folder, pending, "--overwrite")):
+        raise BadUse(refused)
     say(f"prompts    {config.prompts}: {rows:,}, {rows * config.num_responses:,} responses of every policy")
     say(f"output     {folder}")
     return folder
@@ -297,13 +337,13 @@ def is_whole(folder: Path) -> bool:
     return (folder / storage.PROVENANCE).exists()
 
 
-def generate_command(config: Config, plan: Plan, policy: str) -> list[str]:
+def generate_command(config: Config, folder: Path, policy: str) -> list[str]:
     given: dict[str, Any] = {
-        "--model": plan.policies[policy].text,
+        "--model": last_policy(policies_of(config)[policy]),
         "--prompts": config.prompts,
         "--split": config.split,
         "--num_prompts": config.num_prompts,
-        "--output_repo": plan.folder / policy / RESPONSES,
+        "--output_repo": folder / policy / RESPONSES,
         "--num_responses": config.num_responses,
         "--temperature": config.temperature,
         "--top_p": config.top_p,
@@ -318,16 +358,16 @@ def generate_command(config: Config, plan: Plan, policy: str) -> list[str]:
     return [config.vllm_python, "-m", "rlhf_pipeline.generate", *flags, *shlex.split(config.generate_flags)]
 
 
-def rank_command(config: Config, plan: Plan, policy: str, judges: Sequence[str]) -> list[str]:
+def rank_command(config: Config, folder: Path, policy: str, judges: Sequence[str]) -> list[str]:
     """One process for all the judges: each writes rewards of its own."""
-    home = plan.folder / policy
+    home, refs = folder / policy, judges_of(config)
     given: dict[str, list[Any]] = {
         "--input_repo": [home / RESPONSES],
         "--output_repo": [home / name for name in judges],
-        "--reward_model": [plan.reward_models[name].text for name in judges],
+        "--reward_model": [refs[name] for name in judges],
         "--num_responses": [config.num_responses],
     }
-    if any(plan.reward_models[name].kind == "judge" for name in judges):
+    if any(refs[name].startswith(("http://", "https://")) for name in judges):
         asked = {"--judge_model": config.judge_model, "--judge_template": config.judge_template}
         given |= {name: [value] for name, value in asked.items() if value is not None}
     launch = ["-m", "accelerate.commands.launch", "--num_processes", str(config.rank_processes)]
@@ -344,11 +384,11 @@ def run_stages(config: Config, plan: Plan) -> None:
     for policy in plan.policies:
         home = plan.folder / policy
         if not is_whole(home / RESPONSES):
-            command = generate_command(config, plan, policy)
+            command = generate_command(config, plan.folder, policy)
             run_stage(command, plan.folder / LOGS / f"{policy}-responses.log", f"generate for {policy}")
         judges = [name for name in plan.reward_models if not is_whole(home / name)]
         if judges:
-            command = rank_command(config, plan, policy, judges)
+            command = rank_command(config, plan.folder, policy, judges)
             run_stage(command, plan.folder / LOGS / f"{policy}-rewards.log", f"rank of {policy} by {', '.join(judges)}")
 
 
@@ -440,7 +480,7 @@ def main(config: Config) -> Path:
     pending = config.run.pending_rows() if config.run.check else {}
     if {config.prompts, *policies_of(config).values(), *judges_of(config).values()} & set(pending):
         return check_pending(config, pending)
-    plan = make_plan(config)
+    plan = settle_flags(config, make_plan(config))
     state, identity = state_of(plan, overwrite=config.run.overwrite)
     print_plan(plan, config, state)
     if config.run.check:

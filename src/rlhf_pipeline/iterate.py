@@ -44,7 +44,16 @@ from rlhf_pipeline.core.iteration.checks import Checker
 from rlhf_pipeline.core.iteration.recipes import Flags, Recipe
 from rlhf_pipeline.core.iteration.stages import Run, Stage
 from rlhf_pipeline.core.iteration.stopping import Rules, Stop
-from rlhf_pipeline.core.iteration.survey import DATA, Look, folder_of, known_rows, resolved, state_on_disk, survey
+from rlhf_pipeline.core.iteration.survey import (
+    DATA,
+    Look,
+    folder_of,
+    known_rows,
+    names_in,
+    resolved,
+    state_on_disk,
+    survey,
+)
 from rlhf_pipeline.core.progress import duration, say
 from rlhf_pipeline.core.reporting import verdict
 from rlhf_pipeline.core.reporting.evaluation import RESULTS
@@ -209,8 +218,9 @@ def stop_of(config: Config, evaluation: Stage) -> Stop | None:
 def measured(config: Config, evaluation: Stage) -> tuple[list[dict[str, Any]], str]:
     """(the policies' numbers in order, the reward model that judges) of a finished evaluation."""
     summary = verdict.summarize(read_json(Path(evaluation.output, RESULTS)))
-    rows = summary["policies"][: len(stages.as_list(evaluation.flags["policies"]))]
-    return rows, stopping.judge_of(config.stop, summary["reward_models"])
+    rows = {row["name"]: row for row in summary["policies"]}
+    judge = stopping.judge_of(config.stop, summary["reward_models"])
+    return [rows[name] for name in names_in(evaluation, "policies")], judge
 
 
 def print_plan(looks: Sequence[Look], run: Run) -> None:

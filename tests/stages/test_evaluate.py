@@ -436,12 +436,13 @@ def test_the_stages_understand_the_commands_that_are_run(setting: Any) -> None:
         reward_models=("size=./judge.py:score", "short=./judge.py:short"),
     )
     plan = evaluate.make_plan(config)
-    command = evaluate.generate_command(config, plan, "later")
+    command = evaluate.generate_command(config, plan.folder, "later")
     made = parse(generate.Config, command[command.index("rlhf_pipeline.generate") + 1 :])
     assert (made.num_prompts, made.num_responses, made.seed, made.maxlen) == (10, 2, 3, 64)
     assert (made.temperature, made.top_p, made.system_prompt) == (0.7, 1.0, "Be brief.")
     assert made.output_repo == "out/later/responses" and made.engine.max_model_len == 96
-    command = evaluate.rank_command(dataclasses.replace(config, rank_processes=2), plan, "later", ["size", "short"])
+    launched = dataclasses.replace(config, rank_processes=2)
+    command = evaluate.rank_command(launched, plan.folder, "later", ["size", "short"])
     assert command[1:5] == ["-m", "accelerate.commands.launch", "--num_processes", "2"]
     ranked = parse(rank.Config, command[command.index("rlhf_pipeline.rank") + 1 :])
     assert ranked.reward_model == ("./judge.py:score", "./judge.py:short") and ranked.num_responses == 2
@@ -454,10 +455,21 @@ def test_an_endpoint_judges_with_the_model_that_was_named(setting: Any) -> None:
     with pytest.raises(BadUse, match="name the model that is to judge with --judge_model"):
         evaluate.make_plan(config)
     config = dataclasses.replace(config, judge_model="big")
-    command = evaluate.rank_command(config, evaluate.make_plan(config), "start", ["gpt"])
+    command = evaluate.rank_command(config, evaluate.make_plan(config).folder, "start", ["gpt"])
     ranked = parse(rank.Config, command[command.index("rlhf_pipeline.rank") + 1 :])
     assert ranked.reward_model == ("http://localhost:1/v1",) and ranked.judge_model == "big"
     assert ranked.output_repo == ("out/start/gpt",)
+
+
+def test_flags_for_the_stages_are_taken_as_the_help_writes_them(
+    run_command: Any, policies: dict[str, Path], tiny_prompts: Path, tmp_path: Path
+) -> None:
+    """And generate is asked what it says to them before anything is there: the policy's window is shorter."""
+    folder, flags = tmp_path / "out", "--generate_flags=--engine.max_model_len 99999"
+    words = ["--policies", f"start={policies['start']}", "--reward_models", "rlhf_pipeline.tiny:gold", flags]
+    done = run_command("evaluate", *words, "--prompts", tiny_prompts, "--output", folder, "--backend", "transformers")
+    assert done.returncode == 2 and not folder.exists()
+    assert "generate for start: --engine.max_model_len 99999 is longer than the window" in done.stderr
 
 
 # The whole
@@ -490,5 +502,12 @@ def test_two_policies_and_two_judges_end_to_end(
     assert later["rewards"]["ensemble"]["mean"] == pytest.approx(0, abs=1e-9)
     assert later["kl"]["k1"]["value"] > 0, "a policy's own samples are likelier under it"
     assert verdict.summarize(results)["policies"][1]["win_rate_score"] == later["against"]["start"]["score"]["win_rate"]
+    again = run_command("evaluate", *arguments, "--rank_flags=--batch_tokens 4096", cwd=tmp_path)
+    assert again.returncode == 0 and "done before" in again.stdout, again.stderr
+    other = run_command("evaluate", *arguments, "--rank_flags=--head_dtype bfloat16", cwd=tmp_path)
+    assert other.returncode == 2 and 'what.rank_flags was "", now "--head_dtype bfloat16"' in other.stderr
+    wrong = run_command("evaluate", *arguments, "--rank_flags=--no_such 1", "--overwrite", cwd=tmp_path)
+    assert wrong.returncode == 2 and "rank for start: its flags are wrong" in wrong.stderr
+    assert (tmp_path / "out" / "results.json").exists()
     refused = run_command("evaluate", *arguments, "--output", "./out2", "--maxlen", 24, "--top_p", 2, cwd=tmp_path)
     assert refused.returncode == 2 and "generate for start was refused" in refused.stderr

@@ -19,12 +19,13 @@ import pytest
 import yaml
 
 from conftest import REPO
-from rlhf_pipeline import iterate
+from rlhf_pipeline import evaluate, iterate
 from rlhf_pipeline.core.command import BadUse, parse
 from rlhf_pipeline.core.iteration import recipes, slurm, stages
 from rlhf_pipeline.core.iteration.recipes import Recipe
 from rlhf_pipeline.core.iteration.stages import Run
 from rlhf_pipeline.iterate import Config
+from run_maker import make_run
 
 REWARD = """
 def score(rows):
@@ -60,6 +61,18 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_defaults(tmp_
     assert config.overrides == ("--train.lr", "2")
     assert iterate.read_recipe(config).stages == {"train": {"lr": "2"}}
     assert iterate.choose_folder(config) == "runs/r"
+
+
+def test_flags_that_evaluate_hands_on_come_through_iterate() -> None:
+    flags = "--engine.max_model_len 4096"
+    config = Config.from_words(["--output", "runs/x", f"--evaluate.generate_flags={flags}"])
+    evaluation = iterate.read_recipe(config).stages["evaluate"]
+    assert (
+        parse(
+            evaluate.Config, ["--policies", "a", "--reward_models", "b", *recipes.words_of(evaluation)]
+        ).generate_flags
+        == flags
+    )
 
 
 def test_a_recipe_can_not_say_what_belongs_to_one_start(tmp_path: Path) -> None:
@@ -182,6 +195,21 @@ def test_rules_that_nobody_would_look_at_are_refused_with_slurm(tmp_path: Path) 
         iterate.main(config)
 
 
+# What a finished evaluation says
+
+
+def test_an_evaluation_is_read_by_the_policies_names(tmp_path: Path) -> None:
+    """Somebody has evaluated another policy into it, between those of the run."""
+    folder = make_run(tmp_path / "run", iterations=3, num_prompts=10)
+    told = Recipe(stages={"evaluate": {"reward_models": ["proxy=./reward", "gold=./gold"]}})
+    plan = stages.plan(told, Run(folder=str(folder), model="./sft", prompts="./prompts", iterations=3))
+    evaluation = next(stage for stage in plan if stage.command == "evaluate")
+    policies = ["sft", "iteration_2=./b", "iteration_3=./c"]
+    evaluation = dataclasses.replace(evaluation, flags={**evaluation.flags, "policies": policies})
+    rows, judge = iterate.measured(Config(), evaluation)
+    assert ([row["name"] for row in rows], judge) == (["sft", "iteration_2", "iteration_3"], "gold")
+
+
 # Whole runs
 
 
@@ -256,6 +284,30 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(
     assert contents(killed) == contents(whole)
     seconds = [json.loads((folder / "timings.json").read_text()) for folder in (whole, killed)]
     assert seconds[0].keys() == seconds[1].keys()
+
+
+@pytest.mark.slow
+def test_a_push_that_failed_is_repeated_by_the_next_start(
+    small: Path, tmp_path: Path, run_command, hub, online
+) -> None:
+    words = ["--recipe", small, "--output", tmp_path / "run", "--repo", "owner/run"]
+
+    def run(*more: Any) -> Any:
+        return run_command("iterate", *words, *more, env=online, cwd=tmp_path)
+
+    hub.failures = [403]
+    assert "iteration_1/generate ended with exit code 2" in run().stderr
+    assert run("--to", "filter").returncode == 0
+    hub.failures = [403]
+    assert "iteration_1/train ended with exit code 2" in run().stderr
+    assert "model.safetensors" not in hub.repos["model", "owner/run-iter1-policy"]["files"]
+    last = run()
+    assert last.returncode == 0 and last.stdout.count("\n$ ") == 1, last.stderr
+    assert "model.safetensors" in hub.repos["model", "owner/run-iter1-policy"]["files"]
+    for name in ("responses", "rewards", "pairs"):
+        files = hub.repos["dataset", f"owner/run-iter1-{name}"]["files"]
+        assert "provenance.json" in files and "pushed.json" not in files
+    assert "all 4 stages are done" in run("--check").stdout
 
 
 @pytest.mark.slow

@@ -188,6 +188,33 @@ def test_one_policy_and_one_judge_make_a_page(tmp_path: Path) -> None:
     assert "whether the policies please it alone can't be seen" in Reader(page_of(folder)).text[""]
 
 
+def test_a_reward_without_rivals_and_a_reward_model_without_held_out_pairs_make_a_page(run: Path) -> None:
+    for name, key, value in (
+        ("iteration_1/rewards", "reward_report", {"mean": 0.5, "best_of_n": None, "nulls": 0}),
+        ("reward", "held_out", {"offset": 0.1}),
+    ):
+        path = run / name / "provenance.json"
+        write_json(path, {**read_json(path), key: value})
+    report.main(report.Config(runs=(str(run),)))
+    text = Reader(page_of(run)).text
+    assert "mean reward 0.500" in text["data"] and "mean reward 0.500, best" not in text["data"]
+    assert "Bradley-Terry loss." in text["training"] and "Held out" not in text["training"]
+
+
+@pytest.mark.parametrize(
+    "places", [("runs/a/iteration_3", "runs/b/iteration_3"), ("runs/a/iteration_3", "runs/b/iteration_4")]
+)
+def test_the_last_policies_of_two_runs_are_not_iterations_of_one(whole: Path, places: tuple[str, str]) -> None:
+    results = read_json(whole / "evaluation" / "results.json")
+    text = json.dumps({**results, "policies": results["policies"][:3]})
+    results = json.loads(text.replace("iteration_1", "a").replace("iteration_2", "b"))
+    for item, place in zip(results["policies"][1:], places, strict=True):
+        item["model"] = f"{place}/policy"
+    summary = verdict.summarize(results)
+    assert [(row["name"], row["iteration"]) for row in summary["policies"]] == [("sft", 0), ("a", None), ("b", None)]
+    assert "B lifted gold from" in summary["headline"][0]
+
+
 def test_policies_that_are_no_iterations_stand_side_by_side(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "losses", iterations=2, num_prompts=30)
     evaluation = folder / "evaluation"

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf_pipeline.core.command import BadUse, WorkFailed
+from rlhf_pipeline.core.files import write_json
 
 Kind = Literal["dataset", "model"]
+PUSHED = "pushed.json"
+"""In a folder whose push has ended: where it went. It stays here."""
 
 
 @contextlib.contextmanager
@@ -169,7 +172,7 @@ def push(
     parent: str | None = None,
     flag: str = "--push_to",
 ) -> str:
-    """Upload `folder` as one commit and return the commit's id. Raises WorkFailed; the folder stays as it is.
+    """Upload `folder` as one commit, note in it that this was done, and return the commit's id. Raises WorkFailed.
 
     What a push that was killed had uploaded of large files is not sent again. replace: patterns of files that go from
     the repo if `folder` lacks them. parent: the commit to build on; raises Overtaken if it is not the last one.
@@ -181,11 +184,12 @@ def push(
             folder_path=folder,
             repo_id=repo_id,
             repo_type=kind,
-            ignore_patterns=list(ignore),
+            ignore_patterns=[*ignore, PUSHED],
             delete_patterns=list(replace),
             parent_commit=parent,
             commit_message="rlhf_pipeline",
         )
+    write_json(folder / PUSHED, {"repo_id": repo_id, "commit": commit.oid})
     return str(commit.oid)
 
 

@@ -46,6 +46,11 @@ def test_a_policy_is_as_big_as_the_weights_it_starts_from(tmp_path: Path) -> Non
     assert plan_table.disk(looks, run.folder, run.model).startswith("disk       at most 2.0 kB still to be written; ")
 
 
+def test_a_policy_that_is_still_to_be_written_has_no_size_yet(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert plan_table.weights_size("./sft") is None
+
+
 def test_a_line_of_the_table_names_places_without_the_runs_folder(tmp_path: Path) -> None:
     folder = f"{tmp_path}/run"
     run = Run(folder=folder, model=f"{folder}/sft", prompts="./prompts", iterations=1)

@@ -29,6 +29,15 @@ def test_nested_flags_become_dotted_ones() -> None:
     assert told.stages == {"train": {"rebel.eta": 3, "max_grad_norm": None, "launch.num_processes": 8}}
 
 
+def test_names_may_be_written_with_dashes_and_null_as_the_word_none() -> None:
+    """As on a command line, so that what iterate looks for is found."""
+    told = recipe_of("{train: {rebel: {target-gap: 3}}, generate: {num-responses: 4, num_prompts: None, seed: null}}")
+    told = recipes.override(told, ["--train.rebel.target-gap", "None"])
+    assert told.stages["train"] == {"rebel.target_gap": None}
+    assert told.stages["generate"] == {"num_responses": 4, "num_prompts": None, "seed": None}
+    assert recipes.words_of(told.stages["train"]) == ["--rebel.target_gap", "None"]
+
+
 def test_an_iteration_is_told_what_every_one_is_and_then_its_own() -> None:
     told = recipe_of(TEXT)
     assert "lr" not in told.flags("train", 1)

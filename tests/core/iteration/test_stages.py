@@ -110,6 +110,18 @@ def test_a_target_gap_is_resolved_by_iteration_1_for_all() -> None:
     assert "rebel.target_gap" not in with_eta.flags and with_eta.eta_from is None
 
 
+def test_no_target_gap_means_no_eta_to_wait_for() -> None:
+    told = Recipe(stages={"train": {"loss": "dpo", "rebel.target_gap": None}})
+    assert named(stages.plan(told, RUN), "iteration_2/train").eta_from is None
+
+
+def test_what_is_none_is_neither_moved_nor_counted() -> None:
+    told = Recipe(stages={"generate": {"shuffle_seed": None, "num_prompts": None}})
+    plan = stages.plan(told, RUN)
+    assert named(plan, "iteration_2/generate").flags["shuffle_seed"] is None
+    assert estimates.prompts_taken(plan[0].flags, 7) == 7
+
+
 def test_responses_are_counted_once_and_evaluate_samples_as_generate_does() -> None:
     told = Recipe(
         stages={

@@ -28,9 +28,9 @@ class Checked:
 
     @property
     def error(self) -> str:
-        """The sentence of its error, or all that it said: tyro's box about a flag."""
-        sentences = [line.removeprefix(ERROR) for line in self.said.splitlines() if line.startswith(ERROR)]
-        return sentences[-1] if sentences else self.said.strip()
+        """Its error, the last that it said, or else all that it said: tyro's box about a flag."""
+        _, error, sentence = f"\n{self.said}".rpartition(f"\n{ERROR}")
+        return sentence.strip() if error else f"its flags are wrong:\n{sentence.strip()}"
 
 
 class Checker:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rlhf_pipeline.core import storage
 from rlhf_pipeline.core.files import read_json
 from rlhf_pipeline.core.iteration import estimates
 from rlhf_pipeline.core.iteration.stages import Stage
@@ -107,15 +108,12 @@ def folder_size(stage: Stage) -> int | None:
 
 def weights_size(model: str) -> int | None:
     """Bytes of a model's weights: those of a folder, or what the index of a Hub model says that is in the cache."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return sum(path.stat().st_size for path in folder.glob("*.safetensors")) or None
-    if model.count("/") != 1:
-        return None
+    ref = storage.parse_ref(model, flag="--model")
+    if ref.repo_id is None:
+        return sum(path.stat().st_size for path in ref.folder.glob("*.safetensors")) or None
     from huggingface_hub import try_to_load_from_cache
 
-    repo_id, _, revision = model.partition("@")
-    path = try_to_load_from_cache(repo_id, WEIGHTS_INDEX, revision=revision or None)
+    path = try_to_load_from_cache(ref.repo_id, WEIGHTS_INDEX, revision=ref.revision)
     return int(read_json(Path(path))["metadata"]["total_size"]) if isinstance(path, str) else None
 
 

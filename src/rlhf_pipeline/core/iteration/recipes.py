@@ -31,6 +31,8 @@ AFTER = ("evaluate", "report")
 BEFORE = ("tiny", "sft", "reward", *STAGES)
 """Commands that may run before the first iteration."""
 RUN = "$run"
+NONE = "None"
+"""The word for None on a command line."""
 _ITERATION = re.compile(r"iteration_([1-9]\d*)")
 _NUMBER = re.compile(r"-\.?\d")
 
@@ -108,9 +110,10 @@ def _stage_sections(data: Any, known: Sequence[str], source: str) -> dict[str, F
 
 
 def flatten(section: Any, source: str) -> Flags:
-    """{rebel: {eta: 3}} as {"rebel.eta": 3}. Raises BadUse for what no command line can say."""
+    """{rebel: {target-gap: 3}} as {"rebel.target_gap": 3}. Raises BadUse for what no command line can say."""
     flags: Flags = {}
-    for name, value in _mapping(section, source).items():
+    for written, value in _mapping(section, source).items():
+        name = written.replace("-", "_")
         if isinstance(value, dict):
             flags |= {f"{name}.{inner}": item for inner, item in flatten(value, f"{source}.{name}").items()}
         elif value is False:
@@ -121,7 +124,7 @@ def flatten(section: Any, source: str) -> Flags:
         elif isinstance(value, list) and any(isinstance(item, dict | list | bool) or item is None for item in value):
             raise BadUse(f"{source}: {name} is {value!r}; expected a list of words or numbers.")
         elif isinstance(value, str | int | float | list) or value is None:
-            flags[name] = value
+            flags[name] = _single(value)
         else:
             raise BadUse(f"{source}: {name} is a {type(value).__name__}; put it in quotes.")
     return flags
@@ -158,7 +161,11 @@ def _flags_of(words: Sequence[str]) -> Iterator[tuple[str, Value]]:
         else:
             raise BadUse(f"{word} belongs to no flag; a recipe is given as --recipe {word}.")
     for name, values in groups:
-        yield name, True if not values else values[0] if len(values) == 1 else list(values)
+        yield name, True if not values else _single(values[0]) if len(values) == 1 else values
+
+
+def _single(value: Value) -> Value:
+    return None if value == NONE else value
 
 
 def _set(recipe: Recipe, name: str, value: Value) -> Recipe:

@@ -247,7 +247,9 @@ def moved_seeds(command: str, recipe: Recipe, t: int) -> Flags:
     base |= {name: value for name, value in recipe.stages.get(command, {}).items() if name in MOVING}
     own = recipe.iterations.get(t, {}).get(command, {})
     return {
-        name: whole(value, f"{command}.{name}") + t - 1 for name, value in base.items() if t > 1 and name not in own
+        name: whole(value, f"{command}.{name}") + t - 1
+        for name, value in base.items()
+        if t > 1 and name not in own and value is not None
     }
 
 
@@ -306,7 +308,7 @@ def train(recipe: Recipe, run: Run, t: int) -> Stage:
     }
     stage = stage_of("train", recipe, run, t, decided)
     own = {"rebel.target_gap", "rebel.eta"} & recipe.iterations.get(t, {}).get("train", {}).keys()
-    if t > 1 and "rebel.target_gap" in stage.flags and not own:
+    if t > 1 and stage.flags.get("rebel.target_gap") is not None and not own:
         return replace(stage, eta_from=policy_of(run, 1))
     return stage
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_pipeline.core import preflight, storage
+from rlhf_pipeline.core import hub, preflight, storage
 from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.files import read_json
 from rlhf_pipeline.core.iteration import estimates
@@ -23,6 +23,7 @@ from rlhf_pipeline.core.iteration.stages import (
     with_eta,
 )
 from rlhf_pipeline.core.reporting.evaluation import RESULTS
+from rlhf_pipeline.core.reporting.names import named
 
 State = Literal["done", "data removed", "changed", "partial", "to be looked at", "to do"]
 """changed: done or begun with other settings, and to be done again. to be looked at: there, but what it was made from
@@ -60,7 +61,8 @@ def state_on_disk(stage: Stage) -> State:
         return "done" if written.exists() and written.stat().st_mtime >= modified(evaluated) else "to do"
     folders = [folder_of(ref) for ref in stage.writes]
     if all((folder / storage.PROVENANCE).exists() for folder in folders):
-        return "done" if stage.command != "evaluate" or covers(stage) else "partial"
+        whole = covers(stage) if stage.command == "evaluate" else is_delivered(stage)
+        return "done" if whole else "partial"
     begun = any(folder.exists() or storage.partial_folder(folder).exists() for folder in folders)
     return "partial" if begun else "to do"
 
@@ -70,9 +72,22 @@ def modified(path: Path) -> float:
 
 
 def covers(stage: Stage) -> bool:
-    """Whether an evaluation, which grows with the run, has all of a stage's policies already."""
-    results = read_json(Path(stage.output, RESULTS)) or {"policies": []}
-    return len(results["policies"]) >= len(as_list(stage.flags["policies"]))
+    """Whether an evaluation, which grows with the run, has all of a stage's policies and reward models already."""
+    results = read_json(Path(stage.output, RESULTS)) or {"policies": [], "reward_models": []}
+    held = {"policies": {item["name"] for item in results["policies"]}, "reward_models": {*results["reward_models"]}}
+    return all(held[flag].issuperset(names_in(stage, flag)) for flag in held)
+
+
+def names_in(stage: Stage, flag: str) -> list[str]:
+    """What an evaluation calls its `policies` or `reward_models`, in order."""
+    return list(named([str(item) for item in as_list(stage.flags.get(flag))], (), f"--{flag}"))
+
+
+def is_delivered(stage: Stage) -> bool:
+    """Whether what belongs on the Hub is there: started again, a stage repeats a push that failed, and nothing else."""
+    repo = storage.parse_ref(stage.output, flag="--output", output=True).repo_id or stage.flags.get("push_to")
+    pushed = read_json(folder_of(stage.output) / hub.PUSHED)
+    return repo is None or (pushed is not None and pushed["repo_id"] == repo)
 
 
 def has_no_data(stage: Stage) -> bool:
@@ -83,7 +98,11 @@ def has_no_data(stage: Stage) -> bool:
 
 def closed_iterations(stages: Sequence[Stage]) -> set[int]:
     """The iterations whose policy is there and whose data, or some of them, were removed."""
-    trained = {stage.iteration for stage in stages if stage.command == "train" and state_on_disk(stage) == "done"}
+    trained = {
+        stage.iteration
+        for stage in stages
+        if stage.command == "train" and (folder_of(stage.output) / storage.PROVENANCE).exists()
+    }
     datasets = [stage for stage in stages if stage.command in ("generate", "rank", "filter")]
     return {t for stage in datasets if (t := stage.iteration) and t in trained and has_no_data(stage)}
 
@@ -156,8 +175,7 @@ def look_at(
         if overwrite:
             return "changed"
         raise BadUse(describe_change(stage, stages, answer))
-    sentence = answer.error if "\n" not in answer.error else f"its flags are wrong:\n{answer.error}"
-    raise BadUse(f"{stage.name}: {sentence}")
+    raise BadUse(f"{stage.name}: {answer.error}")
 
 
 def describe_change(stage: Stage, stages: Sequence[Stage], answer: Checked) -> str:
@@ -191,7 +209,7 @@ def survey(stages: Sequence[Stage], part: Sequence[Stage], checker: Checker, *, 
     pending: dict[str, int] = {}
     closed = closed_iterations(part)
     for planned in part:
-        stage = resolved(planned)
+        stage = planned if planned.eta_from and place(planned.eta_from) in pending else resolved(planned)
         if stage.iteration in closed and stage.command != "evaluate":
             state: State = "done" if stage.command == "train" else "data removed"
         else:

@@ -270,7 +270,9 @@ def row_notes(made: Mapping[str, Any]) -> Iterator[str]:
         yield f"mean length {responses['mean_length']:.1f} tokens, {percent(responses['truncated'])} truncated"
     report = made.get("reward_report")
     if report and report["mean"] is not None:
-        yield f"mean reward {number(report['mean'], 3)}, best of {number(report['best_of_n'], 3)} on average"
+        best = report["best_of_n"]  # None: no prompt has two rewards
+        more = "" if best is None else f", best of {number(best, 3)} on average"
+        yield f"mean reward {number(report['mean'], 3)}{more}"
         within = report.get("length_correlation_within_prompt")
         if within is not None:
             yield f"reward and length correlate at {number(within, 2)} within a prompt"

@@ -156,9 +156,9 @@ def training_figures(stages: Sequence[Stage]) -> Iterator[Item]:
     for command, title in (("reward", "Reward model"), ("sft", "First policy (sft)")):
         for stage in stages:
             if made_by(stage, command) and stage.metrics:
-                held_out = stage.made.get("held_out")
+                held_out = stage.made.get("held_out", {})
                 caption = "Negative log-likelihood per response token." if command == "sft" else "Bradley-Terry loss."
-                if held_out:
+                if "accuracy" in held_out:
                     caption += (
                         f" Held out: right in {percent(held_out['accuracy'])} of {held_out['held_out_pairs']} pairs."
                     )

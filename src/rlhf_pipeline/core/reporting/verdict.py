@@ -53,6 +53,8 @@ WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "
 def summarize(results: Results) -> Summary:
     """Flat rows, one per policy in order, and the verdict in words; says nothing of where the results lie."""
     rows = [_flatten(item, position, results) for position, item in enumerate(results["policies"])]
+    if not _of_one_run(rows, results):
+        rows = [rows[0], *({**row, "iteration": None} for row in rows[1:])]
     summary: Summary = {
         "baseline": results["baseline"],
         "reward_models": list(results["reward_models"]),
@@ -91,11 +93,18 @@ def _flatten(item: Mapping[str, Any], position: int, results: Results) -> dict[s
 
 
 def iteration_of(item: Mapping[str, Any], position: int) -> int | None:
-    """0 for the policy that the run started from, N for one called or lying in iteration_N, else None."""
+    """0 for the first policy, N for one called or lying in iteration_N, else None."""
     if position == 0:
         return 0
     found = re.search(r"iteration_(\d+)", item["name"]) or re.search(r"iteration_(\d+)", str(item.get("model", "")))
     return int(found[1]) if found else None
+
+
+def _of_one_run(rows: Sequence[Row], results: Results) -> bool:
+    """Whether the policies' iterations follow one another in one folder, as the last ones of two runs do not."""
+    numbers = [row["iteration"] for row in rows if row["iteration"] is not None]
+    found = (re.match(r"(.*)iteration_\d+", str(item.get("model", ""))) for item in results["policies"][1:])
+    return len({match[1] for match in found if match}) < 2 and all(a < b for a, b in pairwise(numbers))
 
 
 def proxy_of(summary: Mapping[str, Any]) -> str:
