@@ -76,10 +76,11 @@ class Source:
             yield [{name: row.get(their) for name, their in names.items()} for row in rows]
 
     def prompt_ids(self) -> list[str]:
-        """The rows' prompt_id if it is there, unique and never null, else made from their prompts."""
+        """The rows' prompt_id, as text, if it is there, unique and never null, else made from their prompts."""
         if schema.PROMPT_ID in self.columns:
-            ids = [row[schema.PROMPT_ID] for row in self.rows([schema.PROMPT_ID])]
-            if None not in ids and len(set(ids)) == len(ids):
+            given = [row[schema.PROMPT_ID] for row in self.rows([schema.PROMPT_ID])]
+            ids = [str(prompt_id) for prompt_id in given]
+            if None not in given and len(set(ids)) == len(ids):
                 return ids
         return schema.make_prompt_ids(row[schema.PROMPT] for row in self.rows([schema.PROMPT]))
 
