@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 class Source:
     """One split of a dataset, under our column names.
 
-    `fingerprint` is the Hub commit, or sha256 of the parquet files or of the prompt file. `provenance` is None for
-    data made elsewhere. `renamed` is {name in the data: our name} for columns read by a tutorial name. `plain` holds
-    the rows of a prompt file, whose values need not be of one kind; None for data that is stored in columns.
+    `fingerprint` is the Hub commit, or sha256 of the data files or of the prompt file; with the configuration, if the
+    reference names one. `provenance` is None for data made elsewhere. `renamed` is {name in the data: our name} for
+    columns read by a tutorial name. `plain` holds the rows of a prompt file, whose values need not be of one kind; None
+    for data that is stored in columns.
     """
 
     ref: Ref
