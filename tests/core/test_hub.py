@@ -102,6 +102,35 @@ def test_another_runs_output_on_the_hub_is_refused_and_replaced_whole_when_asked
     assert [name for name in files if name.startswith("data/")] == ["data/train-00000-of-00001.parquet"]
 
 
+def test_a_local_output_that_lost_its_files_takes_none_from_the_hub(run_command, responses, online, hub):
+    assert rank(run_command, responses, online, "owner/rewards").returncode == 0
+    before = dict(hub.repos["dataset", "owner/rewards"]["files"])
+    shutil.rmtree(responses.parent / "runs/hub/owner/rewards/data")
+    for result in (rank(run_command, responses, online, "owner/rewards"), push_only(run_command, responses, online)):
+        assert result.returncode == 2
+        assert "is not whole any more, split train lacks shards 0 of 1" in result.stderr
+        assert "--overwrite" in result.stderr
+    again = rank(run_command, responses, online, "owner/rewards", None, "--overwrite")
+    assert again.returncode == 0 and "done before: hf://datasets/owner/rewards@" in again.stdout
+    assert hub.repos["dataset", "owner/rewards"]["files"] == before
+
+
+def test_what_the_hub_has_is_not_replaced_by_what_another_run_left_here(run_command, responses, online, hub):
+    """Another machine overwrote the repo with this very run; here the run before still lies."""
+    rows = responses.read_text()
+    responses.write_text(rows + json.dumps({"prompt": "x", "response_0": "a", "response_1": "b"}) + "\n")
+    assert rank(run_command, responses, online, "owner/rewards").returncode == 0
+    (responses.parent / "runs").rename(responses.parent / "elsewhere")
+    responses.write_text(rows)
+    assert rank(run_command, responses, online, "owner/rewards", None, "--overwrite").returncode == 0
+    before = dict(hub.repos["dataset", "owner/rewards"]["files"])
+    shutil.rmtree(responses.parent / "runs")
+    (responses.parent / "elsewhere").rename(responses.parent / "runs")
+    again = rank(run_command, responses, online, "owner/rewards", None, "--overwrite")
+    assert again.returncode == 0 and "done before" in again.stdout, again.stderr
+    assert hub.repos["dataset", "owner/rewards"]["files"] == before
+
+
 def test_a_repo_that_holds_something_else_is_never_replaced(run_command, responses, online, hub):
     hub.repos["dataset", "owner/rewards"] = {"private": True, "files": {"thesis.txt": b"x"}, "sha": "1" * 40}
     refused = rank(run_command, responses, online, "owner/rewards", None, "--overwrite")

@@ -19,6 +19,7 @@ from rlhf_pipeline.core.storage.layout import (
     UNDER_WAY,
     counts_of,
     lacking,
+    lost_shards,
     partial_folder,
     say_missing,
     shard_files,
@@ -175,6 +176,8 @@ def push_only(text: str | None, *, public: bool, overwrite: bool, flag: str = "-
             f"--push_only finds no whole output in {output.folder}{begun}: run the command without --push_only."
         )
     shard_files(output.folder, flag)
+    if lost := lost_shards(output.folder, provenance):
+        raise BadUse(f"{output.folder} {lost}: run the command with --overwrite to make it anew.")
     if not is_main():
         return output.folder
     prepare_delivery(output, provenance["identity"], public=public, overwrite=overwrite, flag=flag)

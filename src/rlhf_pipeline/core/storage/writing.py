@@ -20,6 +20,7 @@ from rlhf_pipeline.core.files import (
     LOCK_WAIT,
     TEMPORARY,
     atomic,
+    discard,
     locked,
     notes_of_holders,
     read_json,
@@ -40,6 +41,7 @@ from rlhf_pipeline.core.storage.layout import (
     SHARD,
     counts_of,
     lacking,
+    lost_shards,
     partial_folder,
     shard_name,
     shards_among,
@@ -149,7 +151,7 @@ class Output:
         if shards:
             sync_folder(data)
         write_atomic(self.folder / CARD, card)
-        write_json(self.folder / PROVENANCE, {"identity": self.identity, **provenance})
+        write_json(self.folder / PROVENANCE, {"identity": self.identity, "shards": counts, **provenance})
         appear(self.folder, self.final)
 
 
@@ -198,8 +200,11 @@ def existing_state(folder: Path, identity: dict[str, Any], *, overwrite: bool) -
         provenance = read_json(folder / PROVENANCE)
         if provenance is None:
             raise BadUse(f"{folder} exists and is not an output of rlhf_pipeline: name another output folder.")
-        if not (overwrite and changes(provenance["identity"], identity)):
+        lost = lost_shards(folder, provenance)
+        if not (overwrite and (lost or changes(provenance["identity"], identity))):
             check_same_run(folder, provenance["identity"], identity)
+            if lost:
+                raise BadUse(f"{folder} {lost}: pass --overwrite to make it anew.")
             return "done"
     recorded = _recorded(partial)
     if recorded is None or (overwrite and changes(recorded, identity)):
@@ -219,7 +224,9 @@ def _settle(folder: Path, identity: dict[str, Any], overwrite: bool, share: Shar
     state, partial = existing_state(folder, identity, overwrite=overwrite), partial_folder(folder)
     if state == "done":
         remove(replaced(folder))
-    if state == "done" or (remote is not None and remote.state == "done"):
+        return True
+    if remote is not None and remote.state == "done":
+        discard(folder)  # another run's or not whole: a push would put it in the place of what the repo has
         return True
     if state == "partial" and (partial / PROVENANCE).exists():
         appear(partial, folder)
