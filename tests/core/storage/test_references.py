@@ -52,3 +52,14 @@ def test_default_output_lies_beside_a_local_input(tmp_path):
         default_output(parse_ref(str(tmp_path / "responses"), flag="--x"), "_armo").folder
         == tmp_path / "responses_armo"
     )
+
+
+def test_default_output_keeps_the_dots_of_a_folder_and_drops_the_ending_of_a_file(tmp_path):
+    (tmp_path / "prompts.v2.jsonl").touch()
+    (tmp_path / "llama-3.1").mkdir()
+    for name, expected in (
+        ("prompts.v2.jsonl", "prompts.v2_armo"),
+        ("llama-3.1", "llama-3.1_armo"),
+        ("llama-3.2-8b", "llama-3.2-8b_armo"),  # still to be written
+    ):
+        assert default_output(parse_ref(str(tmp_path / name), flag="--x"), "_armo").folder == tmp_path / expected

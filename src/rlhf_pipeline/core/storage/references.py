@@ -83,7 +83,8 @@ def default_output(source: Ref, suffix: str) -> Ref:
     """
     if source.path is not None:
         path = source.path.resolve()
-        return Ref(f"{source.text.rstrip('/')}{suffix}", path=path.with_name(path.stem + suffix))
+        name = path.stem if path.is_file() else path.name
+        return Ref(f"{source.text.rstrip('/')}{suffix}", path=path.with_name(name + suffix))
     owner, name = str(source.repo_id).split("/")
     if owner in hub.writable_accounts():
         return Ref(f"{owner}/{name}{suffix}", repo_id=f"{owner}/{name}{suffix}")
