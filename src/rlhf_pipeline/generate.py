@@ -110,7 +110,7 @@ class Config:
     shard_index: How[int | None] = None
     """Which of these jobs this is, from 0."""
     public: How[bool] = False
-    """Make an output on the Hub public."""
+    """Push to a public repo on the Hub; without it only to a private one."""
     push_only: How[bool] = False
     """Push an output that is whole in its local folder, and compute nothing."""
     run: RUN = RunFlags()
@@ -389,6 +389,7 @@ def check_pending(config: Config, pending: dict[str, int]) -> Path:
     say(f"prompts    {config.prompts}: {len(rows):,} of {available:,} rows{later.get(config.prompts, '')}")
     say(f"responses  {len(rows) * config.num_responses:,}, {config.num_responses} to each prompt")
     say(f"output     {output}: absent")
+    storage.check_delivery(output)
     return output.folder
 
 
@@ -568,7 +569,9 @@ def main(config: Config) -> Path:
     check_values(config)
     share = storage.choose_share(config.shard_index, config.num_shards)
     if config.push_only:
-        return storage.push_only(config.output_repo, public=config.public, overwrite=config.run.overwrite)
+        return storage.push_only(
+            config.output_repo, public=config.public, overwrite=config.run.overwrite, check=config.run.check
+        )
     pending = config.run.pending_rows() if config.run.check else {}
     if config.prompts in pending or config.model in pending:
         return check_pending(config, pending)
@@ -586,6 +589,7 @@ def main(config: Config) -> Path:
     if not (done or (remote is not None and remote.state == "done")):
         check_machine(plan, config)
     if config.run.check:
+        storage.check_delivery(plan.output)
         return folder
     started = time.monotonic()
     with storage.open_output(folder, plan.identity, overwrite=overwrite, share=share, remote=remote) as output:

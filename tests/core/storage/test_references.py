@@ -42,6 +42,13 @@ def test_one_part_alone_is_refused_and_the_sentence_names_the_local_spelling(tmp
         parse_ref("ranked", flag="--output_repo", output=True)
 
 
+@pytest.mark.parametrize("text", ["owner/name@dev", "owner/name:main", "hf://datasets/owner/name@dev"])
+def test_an_output_is_a_whole_repo_and_not_a_part_of_one(text):
+    assert parse_ref(text, flag="--input_repo").repo_id == "owner/name"
+    with pytest.raises(BadUse, match=r"names a part of a repo, and an output is all of one.*: owner/name\.$"):
+        parse_ref(text, flag="--output_repo", output=True)
+
+
 def test_revision_is_kept():
     ref = parse_ref("owner/name@refs/pr/3", flag="--model")
     assert (ref.repo_id, ref.revision) == ("owner/name", "refs/pr/3")
