@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import threading
@@ -16,6 +17,7 @@ from rlhf_pipeline.core import storage
 from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.storage import Share, choose_share, even_shards
 from rlhf_pipeline.core.storage.references import Ref
+from rlhf_pipeline.core.storage.remote import Remote
 
 IDENTITY = {"command": "rank", "what": {"seed": 1}, "inputs": {"prompts": "abc"}}
 REWARD = "def length(rows):\n    return [float(len(row['response'])) for row in rows]\n"
@@ -92,6 +94,18 @@ def test_overwriting_waits_for_those_who_write_what_it_would_remove(tmp_path):
             pass
         with storage.open_output(tmp_path / "out", IDENTITY, overwrite=True, share=Share(1, 2), wait=0) as output:
             assert not output.done
+
+
+def test_what_was_begun_here_in_another_cut_than_on_the_hub_is_refused_before_any_work(tmp_path):
+    """Four jobs, of which one was killed here; then two jobs elsewhere, in larger pieces, of which one has pushed."""
+    assert work(tmp_path / "out", Share(0, 4), shards=8) is None
+    names = frozenset({"data/train-00000-of-00005.parquet", "under_way/00000-of-00002.json"})
+    pushed = Remote("owner/r", "1" * 40, "partial", names, settled={"shards of train": 5, "num_shards": 2})
+    with pytest.raises(BadUse, match=r"with shards of train 8, .* with 5: remove .*\.out\.partial to go on"):
+        work(tmp_path / "out", Share(1, 2), remote=pushed)
+    same = dataclasses.replace(pushed, settled={"shards of train": 8, "num_shards": 2})
+    with storage.open_output(tmp_path / "out", IDENTITY, overwrite=False, share=Share(1, 2), remote=same) as output:
+        assert output.counts() == {"train": 8}
 
 
 @pytest.mark.parametrize(

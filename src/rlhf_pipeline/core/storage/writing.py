@@ -235,9 +235,14 @@ def _settle(folder: Path, identity: dict[str, Any], overwrite: bool, share: Shar
         remove(partial)
         partial.mkdir(parents=True)
         write_json(partial / IDENTITY, identity)
-    settled = (remote.settled if remote is not None else None) or {}
-    settled = {**settled, **(read_json(partial / SETTLED) or {}), "num_shards": share.count}
-    write_json(partial / SETTLED, settled)
+    here, there = read_json(partial / SETTLED) or {}, remote.settled if remote is not None else {}
+    for name in here.keys() & there.keys() - {"num_shards"}:
+        if here[name] != there[name]:
+            raise BadUse(
+                f"{partial} was begun with {name} {here[name]}, and on the Hub the same output with {there[name]}: "
+                f"remove {partial} to go on with what the Hub has."
+            )
+    write_json(partial / SETTLED, {**there, **here, "num_shards": share.count})
     return False
 
 
