@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_pipeline.core.command import BadUse
+from rlhf_pipeline.core.command import BadUse, WorkFailed
 from rlhf_pipeline.core.files import (
     LOCK_WAIT,
     TEMPORARY,
@@ -86,12 +86,19 @@ class Output:
     def write_shard(self, split: str, index: int, table: pa.Table) -> None:
         import pyarrow.parquet as pq
 
+        self._check_under_way()
         with atomic(self.folder / "data" / f"{split}-{index:05d}.parquet") as temporary:
             pq.write_table(table, temporary, compression="zstd")
+
+    def _check_under_way(self) -> None:
+        """Raise WorkFailed if another process has published the output: what is written now would be a new one."""
+        if not (self.folder / IDENTITY).exists():
+            raise WorkFailed(f"another process has finished {self.final} meanwhile: run the same command again.")
 
     def settle(self, name: str, value: Any) -> Any:
         """`value`, or what another process of this run, or an earlier one, settled for all under that name."""
         with _short_lock(self.final):
+            self._check_under_way()
             settled = self.settled()
             if name not in settled:
                 write_json(self.folder / SETTLED, {**settled, name: value})
@@ -135,7 +142,7 @@ class Output:
 
         Of several workers that find the set of shards complete, the first publishes.
         """
-        with locked(self.final.with_name(f".{self.final.name}.publish")):
+        with _short_lock(self.final):
             if self.folder.exists():
                 self._publish(provenance, card)
         return self.final
@@ -236,7 +243,7 @@ def _settle(folder: Path, identity: dict[str, Any], overwrite: bool, share: Shar
         partial.mkdir(parents=True)
         write_json(partial / IDENTITY, identity)
     here, there = read_json(partial / SETTLED) or {}, remote.settled if remote is not None else {}
-    for name in here.keys() & there.keys() - {"num_shards"}:
+    for name in sorted(here.keys() & there.keys() - {"num_shards"}):
         if here[name] != there[name]:
             raise BadUse(
                 f"{partial} was begun with {name} {here[name]}, and on the Hub the same output with {there[name]}: "
