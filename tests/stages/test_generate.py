@@ -154,6 +154,7 @@ def test_the_same_command_again_does_nothing(
     assert "done before" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
 def test_a_finished_output_needs_no_free_gpu_and_one_to_be_made_does(
     tmp_path: Path,
     tiny_policy: Path,
