@@ -101,7 +101,7 @@ class Config:
     num_proc: How[int] = 1
     """Processes that tokenize; a single one uses a thread for each core."""
     public: How[bool] = False
-    """Make an output on the Hub public."""
+    """Push to a public repo on the Hub; without it only to a private one."""
     push_only: How[bool] = False
     """Push an output that is whole in its local folder, and compute nothing."""
     run: RUN = RunFlags()
@@ -242,6 +242,7 @@ def check_pending(config: Config, pending: dict[str, int]) -> Path:
     say(f"input      {config.input_repo}: {rows:,} prompts with {config.num_responses} responses each")
     say(f"pairs      {config.select}, from prompts with {config.min_responses or config.num_responses} surviving")
     say(f"output     {output}: absent")
+    storage.check_delivery(output)
     return output.folder
 
 
@@ -371,7 +372,9 @@ def card(made: dict[str, Any], config: Config, pad_id: int, shard: Path) -> str:
 def main(config: Config) -> Path:
     check_values(config)
     if config.push_only:
-        return storage.push_only(config.output_repo, public=config.public, overwrite=config.run.overwrite)
+        return storage.push_only(
+            config.output_repo, public=config.public, overwrite=config.run.overwrite, check=config.run.check
+        )
     pending = config.run.pending_rows() if config.run.check else {}
     if config.input_repo in pending or config.model in pending:
         return check_pending(config, pending)
@@ -381,6 +384,7 @@ def main(config: Config) -> Path:
     folder = plan.output.folder
     preflight.check_writable(folder, flag="--output_repo")
     if config.run.check:
+        storage.check_delivery(plan.output)
         return folder
     started = time.monotonic()
     overwrite = config.run.overwrite

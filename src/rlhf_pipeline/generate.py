@@ -110,7 +110,7 @@ class Config:
     shard_index: How[int | None] = None
     """Which of these jobs this is, from 0."""
     public: How[bool] = False
-    """Make an output on the Hub public."""
+    """Push to a public repo on the Hub; without it only to a private one."""
     push_only: How[bool] = False
     """Push an output that is whole in its local folder, and compute nothing."""
     run: RUN = RunFlags()
@@ -175,11 +175,7 @@ def check_values(config: Config) -> None:
             f"--data_parallel_size {config.data_parallel_size} starts engines on this machine, "
             "each with GPUs of its own: drop --engine.distributed_executor_backend ray."
         )
-    if config.backend == "vllm":
-        preflight.check_importable("vllm", flag="--backend vllm", instead="pass --backend transformers")
-        if config.engine.distributed_executor_backend == "ray":
-            preflight.check_importable("ray", flag="--engine.distributed_executor_backend ray")
-    else:
+    if config.backend == "transformers":
         check_transformers_options(config)
 
 
@@ -279,25 +275,44 @@ def choose_window(of_model: int | None, config: Config) -> int:
 def choose_tensor_parallel_size(config: Config, num_heads: int) -> int:
     if config.backend == "transformers":
         return 1
-    engines, gpus = config.data_parallel_size, len(preflight.visible_gpus())
-    size = config.tensor_parallel_size or max(1, gpus // engines)
+    size = config.tensor_parallel_size or max(1, len(preflight.visible_gpus()) // config.data_parallel_size)
     if num_heads % size:
         raise BadUse(
             f"--tensor_parallel_size {size} does not divide the {num_heads} attention heads of --model {config.model}: "
             "pass a divisor of that."
         )
+    return size
+
+
+def check_machine(plan: Plan, config: Config) -> None:
+    """Raise BadUse if what is left to be sampled can't be sampled from here."""
+    if isinstance(plan.policy, Endpoint):
+        endpoint.look_at(plan.policy.url, flag="--endpoint")
+    elif config.backend == "vllm":
+        check_vllm(config)
+        check_processors(config, config.data_parallel_size * plan.policy.tensor_parallel_size)
+    preflight.check_disk(plan.output.folder, estimate_bytes(plan, config), flag="--output_repo")
+
+
+def check_vllm(config: Config) -> None:
+    preflight.check_importable("vllm", flag="--backend vllm", instead="pass --backend transformers")
     if config.engine.distributed_executor_backend == "ray":
-        if not gpus:
+        preflight.check_importable("ray", flag="--engine.distributed_executor_backend ray")
+
+
+def check_processors(config: Config, count: int) -> None:
+    """Raise BadUse if there are no `count` free GPUs; without any, if there are fewer cores."""
+    if config.engine.distributed_executor_backend == "ray":  # which knows the GPUs of all machines
+        if not preflight.visible_gpus():
             raise BadUse(
                 "--engine.distributed_executor_backend ray starts from a machine of the Ray cluster that has GPUs, and "
                 "none is visible here: run the command on one of those."
             )
-        return size  # of all machines: Ray knows their GPUs
-    if not gpus:
-        vllm_engine.split_cores(engines * size)  # refuses more groups than cores
-    flag = "--tensor_parallel_size" if engines == 1 else "--tensor_parallel_size x --data_parallel_size"
-    preflight.check_gpus(engines * size, memory_share=config.engine.gpu_memory_utilization, flag=flag)
-    return size
+        return
+    if not preflight.visible_gpus():
+        vllm_engine.split_cores(count)  # refuses more groups than cores
+    flag = "--tensor_parallel_size" + (" x --data_parallel_size" if config.data_parallel_size > 1 else "")
+    preflight.check_gpus(count, memory_share=config.engine.gpu_memory_utilization, flag=flag)
 
 
 def decisive_fields(config: Config) -> dict[str, Any]:
@@ -366,6 +381,8 @@ def check_pending(config: Config, pending: dict[str, int]) -> Path:
     """The plan of a run whose prompts or model an earlier stage is still to write."""
     output = storage.parse_ref(config.output_repo, flag="--output_repo", output=True)
     preflight.check_writable(output.folder, flag="--output_repo")
+    if config.endpoint is None and config.backend == "vllm":
+        check_vllm(config)
     available = pending.get(config.prompts)
     if available is None:
         available = storage.open_source(config.prompts, flag="--prompts", split=config.split).num_rows
@@ -381,6 +398,7 @@ def check_pending(config: Config, pending: dict[str, int]) -> Path:
     say(f"prompts    {config.prompts}: {len(rows):,} of {available:,} rows{later.get(config.prompts, '')}")
     say(f"responses  {len(rows) * config.num_responses:,}, {config.num_responses} to each prompt")
     say(f"output     {output}: absent")
+    storage.check_delivery(output)
     return output.folder
 
 
@@ -560,25 +578,29 @@ def main(config: Config) -> Path:
     check_values(config)
     share = storage.choose_share(config.shard_index, config.num_shards)
     if config.push_only:
-        return storage.push_only(config.output_repo, public=config.public, overwrite=config.run.overwrite)
+        return storage.push_only(
+            config.output_repo, public=config.public, overwrite=config.run.overwrite, check=config.run.check
+        )
     pending = config.run.pending_rows() if config.run.check else {}
     if config.prompts in pending or config.model in pending:
         return check_pending(config, pending)
     plan = make_plan(config)
     print_plan(plan, config)
     folder = plan.output.folder
-    state = storage.existing_state(folder, plan.identity, overwrite=config.run.overwrite)
-    if isinstance(plan.policy, Endpoint) and state != "done":
-        endpoint.look_at(plan.policy.url, flag="--endpoint")
+    overwrite = config.run.overwrite
     preflight.check_writable(folder, flag="--output_repo")
-    preflight.check_disk(folder, estimate_bytes(plan, config), flag="--output_repo")
+    remote = None
+    if not config.run.check:
+        remote = storage.prepare_delivery(
+            plan.output, plan.identity, public=config.public, overwrite=overwrite, flag="--output_repo"
+        )
+    done = storage.existing_state(folder, plan.identity, overwrite=overwrite) == "done"
+    if not (done or (remote is not None and remote.state == "done")):
+        check_machine(plan, config)
     if config.run.check:
+        storage.check_delivery(plan.output)
         return folder
     started = time.monotonic()
-    overwrite = config.run.overwrite
-    remote = storage.prepare_delivery(
-        plan.output, plan.identity, public=config.public, overwrite=overwrite, flag="--output_repo"
-    )
     with storage.open_output(folder, plan.identity, overwrite=overwrite, share=share, remote=remote) as output:
         if output.done:
             say(f"done before: {storage.deliver(plan.output)}")  # again: that push may be what was killed

@@ -123,7 +123,7 @@ class Config:
     shard_index: How[int | None] = None
     """Which of these jobs this is, from 0."""
     public: How[bool] = False
-    """Make an output on the Hub public."""
+    """Push to a public repo on the Hub; without it only to a private one."""
     push_only: How[bool] = False
     """Push an output that is whole in its local folder, and compute nothing."""
     run: RUN = RunFlags()
@@ -322,6 +322,7 @@ def check_pending(config: Config, pending: dict[str, int]) -> Path:
             model = resolve(text, config)
             say(f"reward     {text}: {model.kind}, {model.fingerprint[:16]}")
     say(f"output     {output}: absent")
+    storage.check_delivery(output)
     return output.folder
 
 
@@ -522,7 +523,7 @@ def main(config: Config) -> list[Path]:
     storage.choose_share(config.shard_index, config.num_shards)
     if config.push_only:
         return [
-            storage.push_only(repo, public=config.public, overwrite=config.run.overwrite)
+            storage.push_only(repo, public=config.public, overwrite=config.run.overwrite, check=config.run.check)
             for repo in config.output_repo or (None,)
         ]
     configs = separate(config)
@@ -534,6 +535,8 @@ def main(config: Config) -> list[Path]:
         print_plan(plan, each)
     folders = [plan.output.folder for plan in plans]
     if config.run.check:
+        for plan in plans:
+            storage.check_delivery(plan.output)
         return folders
     remotes = [
         storage.prepare_delivery(

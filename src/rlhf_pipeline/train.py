@@ -175,7 +175,7 @@ class Config:
     push_to: How[str | None] = None
     """Push the finished policy to this Hub id, private unless --public."""
     public: How[bool] = False
-    """Make what is pushed public."""
+    """Push to a public repo; without it only to a private one."""
     trust_remote_code: What[bool] = False
     """Run the model repo's own Python code."""
     run: RUN = RunFlags()
@@ -482,6 +482,8 @@ def limits_of(config: Config) -> Limits:
 def main(config: Config) -> Path:
     check_values(config)
     pending = config.run.pending_rows()
+    if config.run.check and config.push_to is not None:
+        hub.check_write(config.push_to, flag="--push_to")
     if config.run.check and {config.input_repo, config.base_model} & pending.keys():
         check_pending(config, pending)
         return Path(config.output_dir)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_pipeline.core.command import BadUse
-from rlhf_pipeline.core.files import Journal, locked
+from rlhf_pipeline.core.files import Journal, locked, replace_folder
 
 
 def test_a_journal_torn_in_its_last_line_keeps_the_whole_ones(tmp_path):
@@ -42,3 +42,10 @@ def test_a_lock_names_its_holder_and_is_free_when_the_holder_is_killed(tmp_path)
     holder.join()
     with locked(tmp_path / "lock", wait=5):
         pass
+
+
+def test_a_folder_whose_replacement_is_not_there_stays(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileNotFoundError):
+        replace_folder(tmp_path / "new", tmp_path / "out")
+    assert (tmp_path / "out").is_dir()

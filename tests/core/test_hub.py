@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hub_server import TOKEN
+from rlhf_pipeline.core.command import BadUse, parse
 from tiny_pairs import write_pairs
 
 REWARD = "def length(rows):\n    return [float(len(row['response'])) for row in rows]\n"
@@ -73,8 +75,8 @@ def test_a_push_that_was_cut_off_does_not_send_again_what_had_arrived(run_comman
     assert {"README.md", "data/train-00002-of-00003.parquet"} < set(hub.repos["dataset", "owner/rewards"]["files"])
 
 
-def push_only(run_command, responses: Path, online: dict[str, str], output: str = "owner/rewards"):
-    args = ("--input_repo", "./gone", "--output_repo", output, "--push_only")
+def push_only(run_command, responses: Path, online: dict[str, str], output: str = "owner/rewards", *more: str):
+    args = ("--input_repo", "./gone", "--output_repo", output, "--push_only", *more)
     return run_command("rank", *args, env=online, cwd=responses.parent)
 
 
@@ -84,6 +86,65 @@ def test_push_only_needs_a_whole_output_and_a_repo(run_command, responses, onlin
     local = push_only(run_command, responses, online, "./rewards")
     assert local.returncode == 2 and "--output_repo is ./rewards: name it as OWNER/NAME" in local.stderr
     assert hub.repos == {}
+
+
+def test_push_only_with_check_says_what_it_would_push_and_changes_nothing(run_command, responses, online, hub):
+    hub.failures = [403]
+    assert rank(run_command, responses, online, "owner/rewards").returncode != 0
+    hub.repos.clear()
+    checked = push_only(run_command, responses, online, "owner/rewards", "--check")
+    assert checked.returncode == 0, checked.stderr
+    assert "hf://owner/rewards: whole in runs/hub/owner/rewards, to be pushed" in checked.stdout
+    assert hub.repos == {}
+
+
+@pytest.mark.parametrize(
+    ("output", "env", "sentence"),
+    [
+        ("owner/rewards", {"HF_TOKEN": ""}, "it accepted no token"),
+        ("stranger/rewards", {}, "the token may write to owner"),
+    ],
+    ids=["no token", "no permission"],
+)
+def test_check_asks_whether_the_token_may_write_and_creates_nothing(
+    run_command, responses, online, hub, output, env, sentence
+):
+    refused = rank(run_command, responses, {**online, **env}, output, None, "--check")
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert sentence in refused.stderr.strip().splitlines()[-1]
+    assert rank(run_command, responses, online, "owner/rewards", None, "--check").returncode == 0
+    assert hub.repos == {}
+
+
+@pytest.mark.parametrize("name", ["generate", "rank", "filter", "train"])
+def test_check_of_every_command_that_pushes_asks_for_a_token(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    (tmp_path / "judge.py").write_text(REWARD)
+    flags = {
+        "generate": "--model ./m --prompts ./p --backend transformers --output_repo owner/out",
+        "rank": "--input_repo ./p --reward_model ./judge.py:length --output_repo owner/out",
+        "filter": "--input_repo ./p --model ./m --output_repo owner/out",
+        "train": "--input_repo ./p --base_model ./m --output_dir ./policy --push_to owner/out",
+    }
+    command = importlib.import_module(f"rlhf_pipeline.{name}")
+    words = [*flags[name].split(), "--check", "--pending", "./m=0", "./p=6000"]
+    with pytest.raises(BadUse, match="owner/out is on the Hub, and it accepted no token"):
+        command.main(parse(command.Config, words))
+
+
+def test_data_goes_to_a_public_repo_only_when_asked_and_then_to_no_private_one(run_command, responses, online, hub):
+    hub.repos["dataset", "owner/rewards"] = {"private": False, "files": {}, "sha": "1" * 40}
+    refused = rank(run_command, responses, online, "owner/rewards")
+    assert refused.returncode == 2
+    assert "--output_repo owner/rewards is a public repo: pass --public to push to it" in refused.stderr
+    assert hub.repos["dataset", "owner/rewards"]["files"] == {}
+    done = rank(run_command, responses, online, "owner/rewards", None, "--public")
+    assert done.returncode == 0, done.stderr
+    hub.repos["dataset", "owner/rewards"]["private"] = True
+    refused = rank(run_command, responses, online, "owner/rewards", None, "--public")
+    assert refused.returncode == 2
+    assert "owner/rewards is a private repo, which --public does not change" in refused.stderr
 
 
 def test_another_runs_output_on_the_hub_is_refused_and_replaced_whole_when_asked(run_command, responses, online, hub):
@@ -100,6 +161,35 @@ def test_another_runs_output_on_the_hub_is_refused_and_replaced_whole_when_asked
     assert rank(run_command, responses, online, "owner/rewards", None, "--overwrite").returncode == 0
     files = hub.repos["dataset", "owner/rewards"]["files"]
     assert [name for name in files if name.startswith("data/")] == ["data/train-00000-of-00001.parquet"]
+
+
+def test_a_local_output_that_lost_its_files_takes_none_from_the_hub(run_command, responses, online, hub):
+    assert rank(run_command, responses, online, "owner/rewards").returncode == 0
+    before = dict(hub.repos["dataset", "owner/rewards"]["files"])
+    shutil.rmtree(responses.parent / "runs/hub/owner/rewards/data")
+    for result in (rank(run_command, responses, online, "owner/rewards"), push_only(run_command, responses, online)):
+        assert result.returncode == 2
+        assert "is not whole any more, split train lacks shards 0 of 1" in result.stderr
+        assert "--overwrite" in result.stderr
+    again = rank(run_command, responses, online, "owner/rewards", None, "--overwrite")
+    assert again.returncode == 0 and "done before: hf://datasets/owner/rewards@" in again.stdout
+    assert hub.repos["dataset", "owner/rewards"]["files"] == before
+
+
+def test_what_the_hub_has_is_not_replaced_by_what_another_run_left_here(run_command, responses, online, hub):
+    """Another machine overwrote the repo with this very run; here the run before still lies."""
+    rows = responses.read_text()
+    responses.write_text(rows + json.dumps({"prompt": "x", "response_0": "a", "response_1": "b"}) + "\n")
+    assert rank(run_command, responses, online, "owner/rewards").returncode == 0
+    (responses.parent / "runs").rename(responses.parent / "elsewhere")
+    responses.write_text(rows)
+    assert rank(run_command, responses, online, "owner/rewards", None, "--overwrite").returncode == 0
+    before = dict(hub.repos["dataset", "owner/rewards"]["files"])
+    shutil.rmtree(responses.parent / "runs")
+    (responses.parent / "elsewhere").rename(responses.parent / "runs")
+    again = rank(run_command, responses, online, "owner/rewards", None, "--overwrite")
+    assert again.returncode == 0 and "done before" in again.stdout, again.stderr
+    assert hub.repos["dataset", "owner/rewards"]["files"] == before
 
 
 def test_a_repo_that_holds_something_else_is_never_replaced(run_command, responses, online, hub):

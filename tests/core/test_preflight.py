@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_pipeline.core import preflight
+from rlhf_pipeline.core import hub, preflight
 from rlhf_pipeline.core.command import BadUse
 
 MIB = 2**20
@@ -161,7 +161,7 @@ def test_without_a_token_a_hub_output_is_refused(monkeypatch: pytest.MonkeyPatch
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(BadUse, match=r"--output_repo alice/out .*it accepted no token.*\./out"):
-        preflight.check_hub_write("alice/out", flag="--output_repo")
+        hub.check_write("alice/out", flag="--output_repo")
 
 
 def test_a_token_writes_to_its_own_accounts_and_is_never_shown(
@@ -169,11 +169,11 @@ def test_a_token_writes_to_its_own_accounts_and_is_never_shown(
 ) -> None:
     """In a process of its own: huggingface_hub reads its settings once, when it is imported."""
     script = """
-from rlhf_pipeline.core import preflight
+from rlhf_pipeline.core import hub, preflight
 from rlhf_pipeline.core.command import BadUse
 for repo in ("alice/out", "acme/out", "bob/out"):
     try:
-        print(repo, preflight.check_hub_write(repo, flag="--output_repo"))
+        print(repo, hub.check_write(repo, flag="--output_repo"))
     except BadUse as error:
         print(error)
 print(*preflight.doctor(), sep="\\n")

@@ -23,6 +23,7 @@ import pytest
 
 from hub_server import TOKEN, Hub
 from rlhf_pipeline import generate
+from rlhf_pipeline.core import storage
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.generation.sampling import EngineOptions
@@ -150,6 +151,29 @@ def test_the_same_command_again_does_nothing(
     how = {"rows_per_shard": 7, "engine": EngineOptions(max_num_seqs=2)}  # decide nothing about the rows
     generate.main(config_for(tiny_policy, mixed_prompts, finished, token_logps=True, **how))
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+    assert "done before" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
+def test_a_finished_output_needs_no_free_gpu_and_one_to_be_made_does(
+    tmp_path: Path,
+    tiny_policy: Path,
+    tiny_prompts: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The one GPU that a stand-in nvidia-smi shows is in use, by train as it may be."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 0, GPU-aaaa, NVIDIA H100, 580.65, 900, 81559\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    config = dataclasses.replace(config_for(tiny_policy, tiny_prompts, tmp_path / "out"), backend="vllm")
+    with pytest.raises(BadUse, match=r"GPU 0 has 0\.9 of 79\.6 GiB free and 90% of it are asked for"):
+        generate.main(config)
+    with storage.open_output(tmp_path / "out", generate.make_plan(config).identity, overwrite=False) as output:
+        output.write_shard("train", 0, pa.table({"prompt": ["p"]}))
+        output.publish({}, "")
+    generate.main(config)
     assert "done before" in capsys.readouterr().out
 
 

@@ -182,14 +182,24 @@ def remove(path: Path) -> None:
 
 def replace_folder(new: Path, final: Path) -> None:
     """Let `new` have the name `final`, and remove what had it; may be repeated after a kill at any step."""
-    old = replaced(final)
-    remove(old)
-    if final.exists():
-        final.rename(old)
     sync_folder(new)
+    set_aside(final)
     new.rename(final)
     sync_folder(final.parent)
-    remove(old)
+    remove(replaced(final))
+
+
+def discard(folder: Path) -> None:
+    """Remove `folder`, at once for all who look for it."""
+    set_aside(folder)
+    remove(replaced(folder))
+
+
+def set_aside(folder: Path) -> None:
+    """Let `folder` stand as `replaced`, in the place of what stood there."""
+    remove(replaced(folder))
+    if folder.exists():
+        folder.rename(replaced(folder))
 
 
 def replaced(folder: Path) -> Path:

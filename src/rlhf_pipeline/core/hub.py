@@ -107,13 +107,13 @@ def writable_accounts() -> set[str]:
     """The account and organisations that the stored token may write to; empty offline or without a token that the Hub
     takes. Raises WorkFailed when the Hub does not say.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import get_token, whoami
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     if get_token() is None:
         return set()
     try:
-        who = HfApi().whoami()
+        who = whoami(cache=True)  # the Hub allows few of these
         return {str(who["name"]), *(str(org["name"]) for org in who.get("orgs", ()))}
     except OfflineModeIsEnabled:
         return set()
@@ -130,8 +130,23 @@ def writable_accounts() -> set[str]:
     )
 
 
+def check_write(repo_id: str, *, flag: str) -> None:
+    """Refuse an output under an account that the stored token may not write to; creates nothing."""
+    owner, _, name = repo_id.partition("/")
+    accounts = writable_accounts()
+    if owner not in accounts:
+        may = f"the token may write to {', '.join(sorted(accounts))}" if accounts else "it accepted no token"
+        raise BadUse(
+            f"{flag} {repo_id} is on the Hub, and {may}: run `hf auth login` with a token of {owner}, "
+            f"or write ./{name} for a local folder."
+        )
+
+
 def create_repo(repo_id: str, kind: Kind, *, private: bool, flag: str) -> None:
-    """Create the repo unless it is there: the proof, before any model loads, that we may write to it."""
+    """Create the repo unless it is there: the proof, before any model loads, that we may write to it.
+
+    Raises BadUse also if it is there and public where a private one is asked for, or the other way round.
+    """
     from huggingface_hub import HfApi, get_token
 
     if get_token() is None:
@@ -140,6 +155,14 @@ def create_repo(repo_id: str, kind: Kind, *, private: bool, flag: str) -> None:
         )
     with explained(repo_id, kind, flag):
         HfApi().create_repo(repo_id, repo_type=kind, private=private, exist_ok=True)
+        is_private = bool(HfApi().repo_info(repo_id, repo_type=kind).private)
+    if private and not is_private:
+        raise BadUse(f"{flag} {repo_id} is a public repo: pass --public to push to it, or name another.")
+    if is_private and not private:
+        raise BadUse(
+            f"{flag} {repo_id} is a private repo, which --public does not change: make it public in its settings on "
+            "the Hub, or leave --public out."
+        )
 
 
 class Overtaken(WorkFailed):

@@ -1,4 +1,4 @@
-"""What can be known before a model is loaded: GPUs, packages, disk, the Hub, the launch.
+"""What can be known before a model is loaded: GPUs, packages, disk, the launch.
 
 The checks serve `--check` and every start: each raises BadUse with one sentence, or returns nothing.
 """
@@ -13,7 +13,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_pipeline.core import hub, provenance
+from rlhf_pipeline.core import provenance
 from rlhf_pipeline.core.command import BadUse
 
 GIB = 1024**3
@@ -139,18 +139,6 @@ def existing_parent(path: Path) -> Path:
     """`path`, or the nearest of its parents that exists."""
     path = path.expanduser().absolute()
     return next(candidate for candidate in (path, *path.parents) if candidate.exists())
-
-
-def check_hub_write(repo_id: str, *, flag: str) -> None:
-    """Refuse a Hub output under an account that the stored token may not write to; creates nothing."""
-    owner, _, name = repo_id.partition("/")
-    accounts = hub.writable_accounts()
-    if owner not in accounts:
-        may = f"the token may write to {', '.join(sorted(accounts))}" if accounts else "it accepted no token"
-        raise BadUse(
-            f"{flag} {repo_id} is on the Hub, and {may}: run `hf auth login` with a token of {owner}, "
-            f"or write ./{name} for a local folder."
-        )
 
 
 def check_launch() -> None:

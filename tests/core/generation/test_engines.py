@@ -49,9 +49,10 @@ def test_visible_gpus_are_shared_out_among_the_engines(
 
 def test_more_gpus_than_there_are_is_refused(eight_gpus: None) -> None:
     with pytest.raises(BadUse, match="x --data_parallel_size 16 needs 16 GPUs and 8 are visible"):
-        generate.choose_tensor_parallel_size(config(data_parallel_size=4, tensor_parallel_size=4), 32)
-    with pytest.raises(BadUse, match="16 GPUs and 8 are visible"):
-        generate.choose_tensor_parallel_size(config(data_parallel_size=16), 32)
+        generate.check_processors(config(data_parallel_size=4), 16)
+    with pytest.raises(BadUse, match="--tensor_parallel_size 16 needs 16 GPUs and 8 are visible"):
+        generate.check_processors(config(), 16)
+    generate.check_processors(config(), 8)
 
 
 def test_engines_on_one_machine_do_not_go_with_ray() -> None:
@@ -62,10 +63,10 @@ def test_engines_on_one_machine_do_not_go_with_ray() -> None:
 def test_with_ray_a_model_may_take_more_gpus_than_this_machine_has(
     eight_gpus: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert generate.choose_tensor_parallel_size(config(tensor_parallel_size=16, engine=RAY), 32) == 16
+    generate.check_processors(config(engine=RAY), 16)
     monkeypatch.setattr(preflight, "visible_gpus", list)
     with pytest.raises(BadUse, match="backend ray starts from a machine of the Ray cluster that has GPUs, and none is"):
-        generate.choose_tensor_parallel_size(config(tensor_parallel_size=16, engine=RAY), 32)
+        generate.check_processors(config(engine=RAY), 16)
 
 
 def test_ray_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +74,7 @@ def test_ray_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(
         BadUse, match=r"_backend ray needs the package ray, which is not installed: run `pip install ray`"
     ):
-        generate.check_values(config(engine=RAY))
+        generate.check_vllm(config(engine=RAY))
 
 
 class FakeEngine:

@@ -68,6 +68,28 @@ def test_the_only_configuration_and_the_default_one_need_no_name(tmp_path):
     assert only_row(str(put(tmp_path / "two", {"default": ["train"], "more": ["train"]}))) == "default train"
 
 
+def fingerprint(reference: Path | str) -> str:
+    return open_source(str(reference), flag="--prompts").fingerprint
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.csv"])
+def test_a_folder_of_text_files_is_another_input_once_they_are_edited(name, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    line = '{"prompt": "PROMPT"}\n' if name.endswith("jsonl") else "prompt\nPROMPT\n"
+    (folder / name).write_text(line)
+    before = fingerprint(folder)
+    (folder / ".DS_Store").write_text("not data")
+    assert fingerprint(folder) == before
+    (folder / name).write_text(line.replace("PROMPT", "edited"))
+    assert fingerprint(folder) != before
+
+
+def test_configurations_of_one_dataset_are_different_inputs(tmp_path):
+    folder = put(tmp_path / "gsm", CONFIGS)
+    assert fingerprint(f"{folder}:main") != fingerprint(f"{folder}:socratic")
+
+
 def test_a_reference_with_a_configuration_is_read_as_such(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ref = parse_ref("openai/gsm8k:main@v1", flag="--prompts")

@@ -89,6 +89,21 @@ def test_a_missing_shard_is_named(tmp_path):
         open_source(str(folder), flag="--input_repo")
 
 
+@pytest.mark.parametrize("lost", ["train-00001-of-00002.parquet", "*"])
+def test_a_finished_output_that_lost_files_is_refused_and_made_anew_when_asked(lost, tmp_path):
+    folder = write(tmp_path / "out")
+    for path in (folder / "data").glob(lost):
+        path.unlink()
+    with pytest.raises(BadUse, match=r"out is not whole any more, split train lacks shards .*1 of 2: pass --overwrite"):
+        existing_state(folder, IDENTITY, overwrite=False)
+    with open_output(folder, IDENTITY, overwrite=True) as output:
+        assert not output.done and not output.has_shard("train", 0)
+        output.write_shard("train", 0, pa.table({"prompt": ["new"]}))
+        output.publish({}, "")
+    assert [row["prompt"] for row in open_source(str(folder), flag="--x").rows()] == ["new"]
+    assert existing_state(folder, IDENTITY, overwrite=False) == "done"
+
+
 def test_files_of_two_outputs_in_one_folder_are_refused(tmp_path):
     folder = write(tmp_path / "out", shards=3)
     (folder / "data" / "train-00001-of-00003.parquet").rename(folder / "data" / "train-00001-of-00002.parquet")

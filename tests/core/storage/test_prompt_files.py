@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rlhf_pipeline.core import schema
 from rlhf_pipeline.core.command import BadUse
 from rlhf_pipeline.core.storage import open_source
 
@@ -121,3 +122,29 @@ def test_generate_reads_every_kind_of_prompt_file(capsys, tiny_policy, tmp_path,
     source = open_source(str(path), flag="--prompts")
     kept = prompts.prepare(source, Chat.load(tiny_policy), range(4), 128).kept
     assert [(prompt.prompt_id, prompt.prompt) for prompt in kept] == [(row["prompt_id"], row["prompt"]) for row in rows]
+
+
+def test_prompt_ids_are_text_and_unique_as_text(tmp_path):
+    """17 and "17" would be one id in the output, so there both get one made from their prompts."""
+    path = tmp_path / "p.jsonl"
+    for ids, expected in (([17, 18], ["17", "18"]), ([17, "17"], None), ([17, None], None)):
+        rows = [{"prompt_id": prompt_id, "prompt": f"p{i}"} for i, prompt_id in enumerate(ids)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        made = schema.make_prompt_ids(row["prompt"] for row in rows)
+        assert open_source(str(path), flag="--prompts").prompt_ids() == (expected or made)
+
+
+def test_whole_numbers_as_prompt_ids_go_through_generate_and_rank(tmp_path, tiny_policy):
+    from rlhf_pipeline import generate, rank
+    from rlhf_pipeline.core.command import parse
+
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps({"prompt_id": i, "prompt": f"Say {i}."}) + "\n" for i in (17, 18)))
+    judge = tmp_path / "judge.py"
+    judge.write_text("def score(rows):\n    return [1.0 for row in rows]\n")
+    words = ["--model", tiny_policy, "--prompts", path, "--output_repo", tmp_path / "out", "--backend", "transformers"]
+    generate.main(parse(generate.Config, [*map(str, words), "--num_responses", "1", "--maxlen", "4"]))
+    assert [row["prompt_id"] for row in open_source(str(tmp_path / "out"), flag="--x").rows()] == ["17", "18"]
+    path.write_text("".join(json.dumps({"prompt_id": i, "prompt": "a", "response_0": "b"}) + "\n" for i in (17, 18)))
+    rank.main(rank.Config(input_repo=str(path), reward_model=(f"{judge}:score",), num_responses=1))
+    assert [row["prompt_id"] for row in open_source(str(tmp_path / "p_armo"), flag="--x").rows()] == ["17", "18"]

@@ -47,6 +47,13 @@ def test_one_part_alone_is_refused_and_the_sentence_names_the_local_spelling(tmp
         parse_ref("ranked", flag="--output_repo", output=True)
 
 
+@pytest.mark.parametrize("text", ["owner/name@dev", "owner/name:main", "hf://datasets/owner/name@dev"])
+def test_an_output_is_a_whole_repo_and_not_a_part_of_one(text):
+    assert parse_ref(text, flag="--input_repo").repo_id == "owner/name"
+    with pytest.raises(BadUse, match=r"names a part of a repo, and an output is all of one.*: owner/name\.$"):
+        parse_ref(text, flag="--output_repo", output=True)
+
+
 def test_revision_is_kept():
     ref = parse_ref("owner/name@refs/pr/3", flag="--model")
     assert (ref.repo_id, ref.revision) == ("owner/name", "refs/pr/3")
@@ -62,9 +69,9 @@ def test_default_output_lies_beside_a_local_input(tmp_path):
 def test_default_output_is_on_the_hub_only_where_it_lets_us_write_and_nowhere_while_it_does_not_say(
     command_environment,
 ):
-    """The Hub says alice, takes no token, is out of order, wants us to wait, hangs up. In a process of its own:
-    huggingface_hub reads its settings once, when it is imported."""
-    statuses = [200, 401, 503, 429, None]
+    """The Hub takes no token, is out of order, wants us to wait, hangs up, says alice, as it will from then on. In a
+    process of its own: huggingface_hub reads its settings once, when it is imported."""
+    statuses = [401, 503, 429, None, 200]
 
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -96,7 +103,18 @@ for _ in range(5):
         server.shutdown()
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
-    assert said[:2] == ["hf://alice/responses_armo", "responses_armo"]
-    for line, why in zip(said[2:], ("HTTP 503", "HTTP 429", ""), strict=True):
+    assert [said[0], said[4]] == ["responses_armo", "hf://alice/responses_armo"]
+    for line, why in zip(said[1:4], ("HTTP 503", "HTTP 429", ""), strict=True):
         assert line.startswith(f"the Hub does not say where the stored token may write ({why}")
         assert line.endswith("run the same command again, or name the output with --output_repo.")
+
+
+def test_default_output_keeps_the_dots_of_a_folder_and_drops_the_ending_of_a_file(tmp_path):
+    (tmp_path / "prompts.v2.jsonl").touch()
+    (tmp_path / "llama-3.1").mkdir()
+    for name, expected in (
+        ("prompts.v2.jsonl", "prompts.v2_armo"),
+        ("llama-3.1", "llama-3.1_armo"),
+        ("llama-3.2-8b", "llama-3.2-8b_armo"),  # still to be written
+    ):
+        assert default_output(parse_ref(str(tmp_path / name), flag="--x"), "_armo").folder == tmp_path / expected

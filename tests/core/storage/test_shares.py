@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ import pyarrow as pa
 import pytest
 
 from rlhf_pipeline.core import storage
-from rlhf_pipeline.core.command import BadUse
-from rlhf_pipeline.core.storage import Share, choose_share, even_shards
+from rlhf_pipeline.core.command import BadUse, WorkFailed
+from rlhf_pipeline.core.files import replace_folder
+from rlhf_pipeline.core.storage import Share, choose_share, even_shards, writing
 from rlhf_pipeline.core.storage.references import Ref
+from rlhf_pipeline.core.storage.remote import Remote
 
 IDENTITY = {"command": "rank", "what": {"seed": 1}, "inputs": {"prompts": "abc"}}
 REWARD = "def length(rows):\n    return [float(len(row['response'])) for row in rows]\n"
@@ -92,6 +96,59 @@ def test_overwriting_waits_for_those_who_write_what_it_would_remove(tmp_path):
             pass
         with storage.open_output(tmp_path / "out", IDENTITY, overwrite=True, share=Share(1, 2), wait=0) as output:
             assert not output.done
+
+
+def test_what_was_begun_here_in_another_cut_than_on_the_hub_is_refused_before_any_work(tmp_path):
+    """Four jobs, of which one was killed here; then two jobs elsewhere, in larger pieces, of which one has pushed."""
+    assert work(tmp_path / "out", Share(0, 4), shards=8) is None
+    names = frozenset({"data/train-00000-of-00005.parquet", "under_way/00000-of-00002.json"})
+    pushed = Remote("owner/r", "1" * 40, "partial", names, settled={"shards of train": 5, "num_shards": 2})
+    with pytest.raises(BadUse, match=r"with shards of train 8, .* with 5: remove .*\.out\.partial to go on"):
+        work(tmp_path / "out", Share(1, 2), remote=pushed)
+    same = dataclasses.replace(pushed, settled={"shards of train": 8, "num_shards": 2})
+    with storage.open_output(tmp_path / "out", IDENTITY, overwrite=False, share=Share(1, 2), remote=same) as output:
+        assert output.counts() == {"train": 8}
+
+
+def test_a_job_that_starts_while_another_publishes_waits_and_finds_it_done(tmp_path, monkeypatch):
+    """The publisher has written the provenance and stands before the rename."""
+    publishing, go_on = threading.Event(), threading.Event()
+
+    def late(new: Path, final: Path) -> None:
+        publishing.set()
+        assert go_on.wait(30)
+        replace_folder(new, final)
+
+    monkeypatch.setattr(writing, "replace_folder", late)
+    assert work(tmp_path / "out", Share(0, 2)) is None
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(work, tmp_path / "out", Share(1, 2))
+        assert publishing.wait(30)
+        second = pool.submit(is_done, tmp_path / "out", Share(0, 2))
+        time.sleep(0.5)
+        go_on.set()
+        assert first.result(30) == str(tmp_path / "out") and second.result(30)
+    assert len(prompts_of(tmp_path / "out")) == 10
+
+
+def is_done(folder: Path, share: Share) -> bool:
+    with storage.open_output(folder, IDENTITY, overwrite=False, share=share) as output:
+        return output.done
+
+
+def test_a_process_that_another_overtook_writes_nothing_anew(tmp_path):
+    """Two workers of one job: the second publishes between the moment at which the first looks and its first step."""
+    out = tmp_path / "out"
+    with storage.open_output(out, IDENTITY, overwrite=False, worker=0) as output:
+        with storage.open_output(out, IDENTITY, overwrite=False, worker=1) as other:
+            other.write_shard("train", 0, pa.table({"prompt": ["p"]}))
+            other.publish({}, "")
+        with pytest.raises(WorkFailed, match=r"another process has finished .*out meanwhile: run the same command"):
+            output.expect("train", 1)
+        with pytest.raises(WorkFailed, match="another process has finished"):
+            output.write_shard("train", 0, pa.table({"prompt": ["again"]}))
+    assert prompts_of(out) == ["p"] and not (tmp_path / ".out.partial").exists()
+    assert is_done(out, Share())
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ data/<split>-00000-of-0000N.parquet, and provenance.json. While it is being writ
 .<name>.partial beside its final place; the rename of that folder is the moment at which it exists.
 """
 
-from rlhf_pipeline.core.storage.delivery import deliver, finish, prepare_delivery, push_only
+from rlhf_pipeline.core.storage.delivery import check_delivery, deliver, finish, prepare_delivery, push_only
 from rlhf_pipeline.core.storage.identity import check_same_run, differences
 from rlhf_pipeline.core.storage.layout import CARD, IDENTITY, PROVENANCE, partial_folder, shard_files
 from rlhf_pipeline.core.storage.reading import open_source
@@ -24,6 +24,7 @@ __all__ = [
     "Ref",
     "Share",
     "Source",
+    "check_delivery",
     "check_same_run",
     "choose_share",
     "default_output",

@@ -19,6 +19,7 @@ from rlhf_pipeline.core.storage.layout import (
     UNDER_WAY,
     counts_of,
     lacking,
+    lost_shards,
     partial_folder,
     say_missing,
     shard_files,
@@ -45,6 +46,12 @@ def prepare_delivery(
         return None
     hub.create_repo(output.repo_id, "dataset", private=not public, flag=flag)
     return remote.look(output.repo_id, identity, overwrite=overwrite, flag=flag)
+
+
+def check_delivery(output: Ref, *, flag: str = "--output_repo") -> None:
+    """For --check, which creates no repo: raises BadUse if our token may not write to the owner of a Hub output."""
+    if output.repo_id is not None:
+        hub.check_write(output.repo_id, flag=flag)
 
 
 def finish(
@@ -160,10 +167,13 @@ def deliver(output: Ref, *, flag: str = "--output_repo") -> str:
     return f"hf://datasets/{output.repo_id}@{commit}"
 
 
-def push_only(text: str | None, *, public: bool, overwrite: bool, flag: str = "--output_repo") -> Path:
+def push_only(
+    text: str | None, *, public: bool, overwrite: bool, check: bool = False, flag: str = "--output_repo"
+) -> Path:
     """Push the output that `text` names and that is whole in its local folder; compute nothing. Returns the folder.
 
-    Raises BadUse for a local output, for one that is not whole, and if the repo holds another run's.
+    check: only say what would be pushed. Raises BadUse for a local output, for one that is not whole, and if the repo
+    holds another run's.
     """
     output = parse_ref(text, flag=flag, output=True) if text is not None else None
     if output is None or output.repo_id is None:
@@ -175,6 +185,12 @@ def push_only(text: str | None, *, public: bool, overwrite: bool, flag: str = "-
             f"--push_only finds no whole output in {output.folder}{begun}: run the command without --push_only."
         )
     shard_files(output.folder, flag)
+    if lost := lost_shards(output.folder, provenance):
+        raise BadUse(f"{output.folder} {lost}: run the command with --overwrite to make it anew.")
+    if check:
+        check_delivery(output, flag=flag)
+        say(f"output     {output}: whole in {output.folder}, to be pushed")
+        return output.folder
     if not is_main():
         return output.folder
     prepare_delivery(output, provenance["identity"], public=public, overwrite=overwrite, flag=flag)

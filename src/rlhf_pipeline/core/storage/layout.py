@@ -74,6 +74,13 @@ def lacking(counts: Mapping[str, int], present: Iterable[tuple[str, int]]) -> di
     return {split: indices for split, indices in found.items() if indices}
 
 
+def lost_shards(folder: Path, provenance: Mapping[str, Any]) -> str:
+    """What is to be said of a finished output that has not all its shards any more; "" if it has them."""
+    counts = provenance.get("shards", {})
+    missing = lacking(counts, shards_among(path.name for path in (folder / "data").glob("*.parquet")))
+    return f"is not whole any more, {say_missing(missing, counts)}" if missing else ""
+
+
 def shards_among(names: Iterable[str]) -> list[tuple[str, int]]:
     """(split, index) of those file names, folders left out, that are shards."""
     matches = (SHARD.fullmatch(name) for name in names)

@@ -71,8 +71,7 @@ def _open_folder(ref: Ref, folder: Path, split: str | None, flag: str, *, finger
     provenance = read_json(folder / PROVENANCE)
     shards = shard_files(folder, flag)
     fingerprint = fingerprint or sha256_of(
-        [path for paths in shards.values() for path in paths] or list(folder.rglob("*.parquet")),
-        relative_to=folder,
+        [path for paths in shards.values() for path in paths] or _data_files(folder), relative_to=folder
     )
     if not shards:
         return _open_foreign(ref, str(folder), split, flag, revision=None, fingerprint=fingerprint)
@@ -85,6 +84,13 @@ def _open_folder(ref: Ref, folder: Path, split: str | None, flag: str, *, finger
         ref, name, tuple(shards), columns, sum(counts), fingerprint, provenance, folder,
         lambda names, size, start, stop: parquet_tables(files, counts, names, size, start, stop),
     )  # fmt: skip
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """What `datasets` reads of a folder made elsewhere: its parquet files, or, without any, all that is not hidden."""
+    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    shown = [folder / path for path in files if not any(part.startswith(".") for part in path.parts)]
+    return [path for path in shown if path.suffix == ".parquet"] or shown
 
 
 def _describe_partial(partial: Path) -> str:
@@ -112,6 +118,7 @@ def _open_foreign(
         cause = error.__cause__ or error
         raise BadUse(f"{flag} {ref.text} can't be read as a dataset: {str(cause).splitlines()[0]}") from error
     name = _choose_split(tuple(loaded), split, ref.text, flag)
+    fingerprint += f":{ref.config}" if ref.config is not None else ""
     data = loaded[name].with_format("arrow")
 
     def tables(names: Sequence[str], size: int, start: int, stop: int) -> Iterator[pa.Table]:

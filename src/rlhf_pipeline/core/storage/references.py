@@ -39,13 +39,14 @@ class Ref:
 
 
 def parse_ref(text: str, *, flag: str, output: bool = False) -> Ref:
-    """What `text` names. Raises BadUse for a name that is neither a local path nor OWNER/NAME.
+    """What `text` names. Raises BadUse for a name that is neither a local path nor OWNER/NAME, and for an output with
+    a revision or a configuration.
 
     Local: begins with ./ ../ / ~, or exists, or has more than two parts, or begins with runs/; an output that does
     not exist yet also when its first part is an existing folder. hf://datasets/owner/name is always the Hub.
     """
     if text.startswith("hf://"):
-        return _hub_ref(text, text.removeprefix("hf://").removeprefix("datasets/"), flag)
+        return _hub_ref(text, text.removeprefix("hf://").removeprefix("datasets/"), flag, output)
     path, config = _split_config(text, output)
     parts = [part for part in text.partition("@")[0].split("/") if part]
     local_parent = parts and (parts[0] == RUNS or (output and Path(parts[0]).is_dir()))
@@ -57,7 +58,7 @@ def parse_ref(text: str, *, flag: str, output: bool = False) -> Ref:
         or config is not None
     ):
         return Ref(text, path=path, config=config)
-    return _hub_ref(text, text, flag)
+    return _hub_ref(text, text, flag, output)
 
 
 def _split_config(text: str, output: bool) -> tuple[Path, str | None]:
@@ -69,10 +70,14 @@ def _split_config(text: str, output: bool) -> tuple[Path, str | None]:
     return path, None
 
 
-def _hub_ref(text: str, name: str, flag: str) -> Ref:
+def _hub_ref(text: str, name: str, flag: str, output: bool) -> Ref:
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:@([\w./-]+))?", name)
     if match is None:
         raise BadUse(f"{flag} {text} is neither a local folder nor OWNER/NAME: write ./{name} for a local folder.")
+    if output and name != match[1]:
+        raise BadUse(
+            f"{flag} {text} names a part of a repo, and an output is all of one, on its main branch: {match[1]}."
+        )
     return Ref(text, repo_id=match[1], revision=match[3], config=match[2])
 
 
@@ -83,7 +88,8 @@ def default_output(source: Ref, suffix: str) -> Ref:
     """
     if source.path is not None:
         path = source.path.resolve()
-        return Ref(f"{source.text.rstrip('/')}{suffix}", path=path.with_name(path.stem + suffix))
+        name = path.stem if path.is_file() else path.name
+        return Ref(f"{source.text.rstrip('/')}{suffix}", path=path.with_name(name + suffix))
     owner, name = str(source.repo_id).split("/")
     if owner in hub.writable_accounts():
         return Ref(f"{owner}/{name}{suffix}", repo_id=f"{owner}/{name}{suffix}")

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 class Source:
     """One split of a dataset, under our column names.
 
-    `fingerprint` is the Hub commit, or sha256 of the parquet files or of the prompt file. `provenance` is None for
-    data made elsewhere. `renamed` is {name in the data: our name} for columns read by a tutorial name. `plain` holds
-    the rows of a prompt file, whose values need not be of one kind; None for data that is stored in columns.
+    `fingerprint` is the Hub commit, or sha256 of the data files or of the prompt file; with the configuration, if the
+    reference names one. `provenance` is None for data made elsewhere. `renamed` is {name in the data: our name} for
+    columns read by a tutorial name. `plain` holds the rows of a prompt file, whose values need not be of one kind; None
+    for data that is stored in columns.
     """
 
     ref: Ref
@@ -76,10 +77,11 @@ class Source:
             yield [{name: row.get(their) for name, their in names.items()} for row in rows]
 
     def prompt_ids(self) -> list[str]:
-        """The rows' prompt_id if it is there, unique and never null, else made from their prompts."""
+        """The rows' prompt_id, as text, if it is there, unique and never null, else made from their prompts."""
         if schema.PROMPT_ID in self.columns:
-            ids = [row[schema.PROMPT_ID] for row in self.rows([schema.PROMPT_ID])]
-            if None not in ids and len(set(ids)) == len(ids):
+            given = [row[schema.PROMPT_ID] for row in self.rows([schema.PROMPT_ID])]
+            ids = [str(prompt_id) for prompt_id in given]
+            if None not in given and len(set(ids)) == len(ids):
                 return ids
         return schema.make_prompt_ids(row[schema.PROMPT] for row in self.rows([schema.PROMPT]))
 

@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_pipeline.core.command import BadUse
+from rlhf_pipeline.core.command import BadUse, WorkFailed
 from rlhf_pipeline.core.files import (
     LOCK_WAIT,
     TEMPORARY,
     atomic,
+    discard,
     locked,
     notes_of_holders,
     read_json,
@@ -40,6 +41,7 @@ from rlhf_pipeline.core.storage.layout import (
     SHARD,
     counts_of,
     lacking,
+    lost_shards,
     partial_folder,
     shard_name,
     shards_among,
@@ -84,12 +86,19 @@ class Output:
     def write_shard(self, split: str, index: int, table: pa.Table) -> None:
         import pyarrow.parquet as pq
 
+        self._check_under_way()
         with atomic(self.folder / "data" / f"{split}-{index:05d}.parquet") as temporary:
             pq.write_table(table, temporary, compression="zstd")
+
+    def _check_under_way(self) -> None:
+        """Raise WorkFailed if another process has published the output: what is written now would be a new one."""
+        if not (self.folder / IDENTITY).exists():
+            raise WorkFailed(f"another process has finished {self.final} meanwhile: run the same command again.")
 
     def settle(self, name: str, value: Any) -> Any:
         """`value`, or what another process of this run, or an earlier one, settled for all under that name."""
         with _short_lock(self.final):
+            self._check_under_way()
             settled = self.settled()
             if name not in settled:
                 write_json(self.folder / SETTLED, {**settled, name: value})
@@ -133,7 +142,7 @@ class Output:
 
         Of several workers that find the set of shards complete, the first publishes.
         """
-        with locked(self.final.with_name(f".{self.final.name}.publish")):
+        with _short_lock(self.final):
             if self.folder.exists():
                 self._publish(provenance, card)
         return self.final
@@ -149,7 +158,7 @@ class Output:
         if shards:
             sync_folder(data)
         write_atomic(self.folder / CARD, card)
-        write_json(self.folder / PROVENANCE, {"identity": self.identity, **provenance})
+        write_json(self.folder / PROVENANCE, {"identity": self.identity, "shards": counts, **provenance})
         appear(self.folder, self.final)
 
 
@@ -198,8 +207,11 @@ def existing_state(folder: Path, identity: dict[str, Any], *, overwrite: bool) -
         provenance = read_json(folder / PROVENANCE)
         if provenance is None:
             raise BadUse(f"{folder} exists and is not an output of rlhf_pipeline: name another output folder.")
-        if not (overwrite and changes(provenance["identity"], identity)):
+        lost = lost_shards(folder, provenance)
+        if not (overwrite and (lost or changes(provenance["identity"], identity))):
             check_same_run(folder, provenance["identity"], identity)
+            if lost:
+                raise BadUse(f"{folder} {lost}: pass --overwrite to make it anew.")
             return "done"
     recorded = _recorded(partial)
     if recorded is None or (overwrite and changes(recorded, identity)):
@@ -219,7 +231,9 @@ def _settle(folder: Path, identity: dict[str, Any], overwrite: bool, share: Shar
     state, partial = existing_state(folder, identity, overwrite=overwrite), partial_folder(folder)
     if state == "done":
         remove(replaced(folder))
-    if state == "done" or (remote is not None and remote.state == "done"):
+        return True
+    if remote is not None and remote.state == "done":
+        discard(folder)  # another run's or not whole: a push would put it in the place of what the repo has
         return True
     if state == "partial" and (partial / PROVENANCE).exists():
         appear(partial, folder)
@@ -228,9 +242,14 @@ def _settle(folder: Path, identity: dict[str, Any], overwrite: bool, share: Shar
         remove(partial)
         partial.mkdir(parents=True)
         write_json(partial / IDENTITY, identity)
-    settled = (remote.settled if remote is not None else None) or {}
-    settled = {**settled, **(read_json(partial / SETTLED) or {}), "num_shards": share.count}
-    write_json(partial / SETTLED, settled)
+    here, there = read_json(partial / SETTLED) or {}, remote.settled if remote is not None else {}
+    for name in sorted(here.keys() & there.keys() - {"num_shards"}):
+        if here[name] != there[name]:
+            raise BadUse(
+                f"{partial} was begun with {name} {here[name]}, and on the Hub the same output with {there[name]}: "
+                f"remove {partial} to go on with what the Hub has."
+            )
+    write_json(partial / SETTLED, {**there, **here, "num_shards": share.count})
     return False
 
 
