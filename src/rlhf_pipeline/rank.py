@@ -193,8 +193,6 @@ def make_plan(config: Config) -> Plan:
     )
     identity = identify(config, source, reward_models, options)
     engine = scoring.describe_engine(reward_models, options, config.combine)
-    check_gpu_memory(reward_models, options)
-    preflight.check_disk(output.folder, estimate_bytes(source, config), flag="--output_repo")
     return Plan(source, output, reward_models, options, tuple(cut(source.num_rows)), engine, identity)
 
 
@@ -246,6 +244,12 @@ def choose_device() -> str:
     import torch
 
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def check_machine(plan: Plan, config: Config) -> None:
+    """Raise BadUse if what is left to be ranked can't be ranked here."""
+    check_gpu_memory(plan.reward_models, plan.options)
+    preflight.check_disk(plan.output.folder, estimate_bytes(plan.source, config), flag="--output_repo")
 
 
 def check_gpu_memory(reward_models: Sequence[scoring.RewardModel], options: ScoringOptions) -> None:
@@ -517,6 +521,21 @@ def rank(plan: Plan, config: Config, remote: Remote | None) -> None:
         print(f"done in {duration(time.monotonic() - started)}: {where}", flush=True)
 
 
+def prepare_output(plan: Plan, config: Config) -> Remote | None:
+    """What the Hub has of the output. Raises BadUse if it can't be written, or what it lacks can't be ranked here."""
+    overwrite, remote = config.run.overwrite, None
+    if config.run.check:
+        storage.check_delivery(plan.output)
+    else:
+        remote = storage.prepare_delivery(
+            plan.output, plan.identity, public=config.public, overwrite=overwrite, flag="--output_repo"
+        )
+    done = storage.existing_state(plan.output.folder, plan.identity, overwrite=overwrite) == "done"
+    if not (done or (remote is not None and remote.state == "done")):
+        check_machine(plan, config)
+    return remote
+
+
 def main(config: Config) -> list[Path]:
     check_values(config)
     preflight.check_launch()
@@ -534,16 +553,9 @@ def main(config: Config) -> list[Path]:
     for plan, each in zip(plans, configs, strict=True):
         print_plan(plan, each)
     folders = [plan.output.folder for plan in plans]
+    remotes = [prepare_output(plan, each) for plan, each in zip(plans, configs, strict=True)]
     if config.run.check:
-        for plan in plans:
-            storage.check_delivery(plan.output)
         return folders
-    remotes = [
-        storage.prepare_delivery(
-            plan.output, plan.identity, public=config.public, overwrite=config.run.overwrite, flag="--output_repo"
-        )
-        for plan in plans
-    ]
     for plan, each, remote in zip(plans, configs, remotes, strict=True):
         rank(plan, each, remote)
     return folders

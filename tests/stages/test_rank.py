@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -86,6 +87,21 @@ def test_rows_come_back_in_order_with_a_reward_for_every_response(responses: Pat
         assert after.column(f"response_{i}_reward").to_pylist() == lengths
         assert after.column(f"response_{i}_reward").type == pa.float64()
         assert after.column(f"response_{i}_reward_error").null_count == NUM_ROWS
+
+
+def test_a_full_disk_is_refused_by_its_flag_unless_the_output_is_finished(
+    responses: Path, function: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = shutil.disk_usage(responses)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+        with pytest.raises(BadUse, match=r"--output_repo .*responses_armo needs about .* its disk has 0.0 GB free"):
+            rank.main(config_for(responses, function))
+        full.undo()
+        rank.main(config_for(responses, function))
+        full.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+        rank.main(config_for(responses, function))
+    assert "done before" in capsys.readouterr().out
 
 
 def test_provenance_names_model_input_report_and_the_temperature_that_train_needs(
