@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,7 @@ CPU_ENVIRONMENT = {
 if shutil.which("nvidia-smi") is None:
     CPU_ENVIRONMENT["DS_ACCELERATOR"] = "cpu"
 os.environ.update(CPU_ENVIRONMENT)  # before any test imports torch or huggingface_hub in this process
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores Ctrl-C, and so do its children
 
 
 PROMPTS = [

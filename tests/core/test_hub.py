@@ -69,6 +69,7 @@ def test_a_push_that_was_cut_off_does_not_send_again_what_had_arrived(run_comman
     arrived = len(hub.blobs)
     assert arrived == 1 and hub.repos["dataset", "owner/rewards"]["files"] == {}
     hub.asked.clear()
+    hub.blob_failures.clear()  # the first push may have ended before it sent its third file
     second = push_only(run_command, responses, online)
     assert second.returncode == 0, second.stderr
     assert sum(line.startswith("PUT blobs/") for line in hub.asked) == 2
