@@ -7,8 +7,9 @@ import torch
 
 from random_models import make_model
 from rlhf_pipeline.core import attention
-from rlhf_pipeline.core.batches import collate
+from rlhf_pipeline.core.batches import Batch, collate
 from rlhf_pipeline.core.logps import install, response_logps
+from rlhf_pipeline.core.training import lora
 from rlhf_pipeline.core.training.memory import Call, LaunchName, Shape, estimate, states
 from rlhf_pipeline.core.training.optim import make_optimizer
 from tensor_bytes import peak_bytes
@@ -23,6 +24,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 3000,
     "max_position_embeddings": 2048,
 }
+PROMPTS, RESPONSES = [[5] * 150, [6] * 250] * 2, [[7] * 300, [8] * 350, [9] * 400, [10] * 250]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -36,8 +38,7 @@ def test_a_call_takes_what_is_estimated_to_15_percent(kind, checkpointing, dtype
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = make_optimizer(model.parameters(), lr=1e-5)
-    prompts, responses = [[5] * 150, [6] * 250] * 2, [[7] * 300, [8] * 350, [9] * 400, [10] * 250]
-    batch = collate(prompts, responses, packed=kind == "packed")
+    batch = collate(PROMPTS, RESPONSES, packed=kind == "packed")
 
     def run():
         response_logps(model, batch, 0.8).sum().backward()
@@ -45,8 +46,7 @@ def test_a_call_takes_what_is_estimated_to_15_percent(kind, checkpointing, dtype
     run()
     optimizer.step()
     shape = Shape(model.num_parameters(), hidden=128, inner=384, layers=4, query=128, key=64, vocabulary=3000)
-    attended = sum(map(len, prompts)) + sum(map(len, responses))
-    call = Call(batch.input_ids.numel(), len(batch.labels), attended if kind == "packed" else batch.input_ids.numel())
+    call = call_of(batch, kind)
     half = dtype == torch.bfloat16
     # bf16 weights without a float32 copy are DeepSpeed's case; what each of its processes holds is tested below
     found = estimate(
@@ -66,6 +66,45 @@ def test_a_call_takes_what_is_estimated_to_15_percent(kind, checkpointing, dtype
         moments = sum(v.nbytes for state in optimizer.state.values() for v in state.values())
         assert (found.parameters, found.gradients) == (parameters, gradients)
         assert found.total == pytest.approx(parameters + gradients + moments + counted, rel=0.15)
+
+
+@pytest.mark.parametrize("weights", ["float32", "bf16", "bf16 under float32 adapters"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("kind", ["sdpa", "packed"])
+def test_a_call_with_lora_takes_what_is_estimated_to_15_percent(kind, checkpointing, weights):
+    """As one process in float32, as a DeepSpeed process in bf16, and as one process under autocast."""
+    attention.register()
+    half, mixed = weights != "float32", weights.endswith("adapters")
+    model = make_model(**SIZES, attention=kind).to(torch.bfloat16 if half else torch.float32).train()
+    whole = model.num_parameters()
+    adapted: Any = lora.attach(model, lora.Lora(r=16), seed=0, float32=mixed)
+    install(adapted)
+    if checkpointing:
+        adapted.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = collate(PROMPTS, RESPONSES, packed=kind == "packed")
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            total = response_logps(adapted, batch, 0.8).sum()
+        total.backward()
+
+    run()
+    found = estimate(
+        Shape(whole, hidden=128, inner=384, layers=4, query=128, key=64, vocabulary=3000),
+        call_of(batch, kind),
+        "zero 2" if half and not mixed else "one process",
+        processes=1,
+        half=half,
+        checkpointing=checkpointing,
+        trained=sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad),
+        device="cpu",
+    )
+    assert found.activations + max(found.log_probs, found.layer) == pytest.approx(peak_bytes(run), rel=0.15)
+
+
+def call_of(batch: Batch, kind: str) -> Call:
+    tokens, attended = batch.input_ids.numel(), int((batch.prompt_lengths + batch.response_lengths).sum())
+    return Call(tokens, len(batch.labels), attended if kind == "packed" else tokens)
 
 
 def test_states_of_an_8b_model_on_8_gpus_are_those_that_deepspeed_estimates():

@@ -187,8 +187,8 @@ def estimate(
 ) -> Memory:
     """What one of `processes` GPUs holds in an update whose largest call is `call`.
 
-    `half`: bf16 products. `trained`: parameters with gradients, all by default (LoRA: those of its adapters; what it
-    adds to activations is left out).
+    `half`: bf16 products. `trained`: parameters with gradients, all by default (LoRA: those of its adapters, whose
+    inputs are kept in the place of those of frozen layers).
     """
     parameters, gradients, optimizer = states(shape.parameters, trained, launch, processes=processes, half=half)
     zero = launch.startswith("zero")
