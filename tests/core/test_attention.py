@@ -106,6 +106,22 @@ def test_flash_attention_2_gets_whole_sequences_by_transformers_names(monkeypatc
     assert torch.equal(token_logps(packed, collate(*TWICE, packed=True).to("cpu"), 0.8), found)
 
 
+def test_torchs_varlen_attention_takes_what_it_is_given():
+    """Its kernel runs on CUDA alone; on meta tensors torch checks the arguments of forward and backward, and shapes."""
+    packing = collate(*TWICE, packed=True).packing
+    assert packing is not None
+    total = int(packing.boundaries[-1])
+    query, key, value = (
+        torch.empty(1, heads, total, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for heads in (8, 2, 2)
+    )
+    on_meta = packing._replace(boundaries=packing.boundaries.to("meta"))
+    output = attention._attend_varlen(query, key, value, on_meta, 0.125)
+    assert output.shape == (1, total, 8, 64)
+    output.float().sum().backward()
+    assert key.grad is not None
+    assert key.grad.shape == key.shape
+
+
 def test_what_packed_attention_does_not_compute_is_refused_and_never_ignored():
     """Mistral asks for a sliding window; padded rows have no boundaries."""
     batch = collate(PROMPTS, RESPONSES, packed=True)
@@ -129,7 +145,7 @@ def test_a_kernel_that_does_not_know_a_models_sizes_is_said_in_a_sentence(monkey
         raise RuntimeError("head size 72 is not supported")
 
     model = make_packed()
-    monkeypatch.setattr(attention, "_attend", unknown)
+    monkeypatch.setattr(attention, "_attend_each", unknown)
     with pytest.raises(
         BadUse, match=r"packed rows can't be computed here \(head size 72 is not supported\); pass sdpa"
     ):

@@ -98,8 +98,8 @@ def packed_attention(
         half = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(half), key.to(half), value.to(half)
     query, key, value = _expanded(packing, query, key, value)
-    output = _attend(query, key, value, packing, scaling)
-    return _kept(packing, output), None
+    attend = _attend_varlen if query.is_cuda else _attend_each
+    return _kept(packing, attend(query, key, value, packing, scaling)), None
 
 
 def _expanded(packing: Packing, *parts: Tensor) -> tuple[Tensor, ...]:
@@ -112,32 +112,36 @@ def _kept(packing: Packing, output: Tensor) -> Tensor:
     return output if packing.keep is None else output.index_select(1, packing.keep)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None) -> Tensor:
-    """(1, E, heads, D) of query (1, heads, E, D) and key, value (1, key heads, E, D)."""
-    grouped = query.shape[1] != key.shape[1]
-    if query.is_cuda:
-        from torch.nn.attention.varlen import varlen_attn
+def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None) -> Tensor:
+    """(1, E, heads, D) of query (1, heads, E, D) and key, value (1, key heads, E, D), by torch's kernel."""
+    from torch.nn.attention.varlen import varlen_attn
 
-        output = varlen_attn(
-            query[0].transpose(0, 1),
-            key[0].transpose(0, 1),
-            value[0].transpose(0, 1),
-            packing.boundaries,
-            packing.boundaries,
-            packing.longest,
-            packing.longest,
-            scale=scaling,
-            window_size=(-1, 0),
-            enable_gqa=grouped,
-        )
-        return torch.unsqueeze(output, 0)  # type: ignore[arg-type]
+    output = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        packing.boundaries,
+        packing.boundaries,
+        packing.longest,
+        packing.longest,
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return torch.unsqueeze(output, 0)  # type: ignore[arg-type]
+
+
+def _attend_each(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None) -> Tensor:
+    """The same, one sequence after the other."""
     lengths = packing.boundaries.diff().tolist()
+    attend = functools.partial(
+        nn.functional.scaled_dot_product_attention,
+        is_causal=True,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
     sequences = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    outputs = [
-        nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
-        for q, k, v in sequences
-    ]
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    return torch.cat([attend(q, k, v) for q, k, v in sequences], dim=2).transpose(1, 2)
 
 
 @functools.cache
