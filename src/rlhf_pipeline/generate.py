@@ -36,7 +36,7 @@ from rlhf_pipeline.core.generation.sampling import (
     VllmSampler,
     checkpoint_dtype,
 )
-from rlhf_pipeline.core.progress import bar, duration, say
+from rlhf_pipeline.core.progress import amount, bar, duration, say
 
 if TYPE_CHECKING:
     from rlhf_pipeline.core.models import ModelRef
@@ -366,7 +366,7 @@ def print_plan(plan: Plan, config: Config) -> None:
     state = storage.existing_state(folder, plan.identity, overwrite=config.run.overwrite)
     if state == "partial":
         state = f"partial, {count_shards(folder)} of {-(-len(kept) // config.rows_per_shard)} shards written"
-    say(f"output     {plan.output}: {state}; at most {preflight.gigabytes(estimate_bytes(plan, config))}")
+    say(f"output     {plan.output}: {state}; at most {amount(estimate_bytes(plan, config), 'B')}")
 
 
 def count_shards(folder: Path) -> int:

@@ -37,7 +37,7 @@ from rlhf_pipeline.core.command import (
 )
 from rlhf_pipeline.core.comparisons import texts_of
 from rlhf_pipeline.core.files import read_json, write_json
-from rlhf_pipeline.core.progress import bar, duration, is_main, say
+from rlhf_pipeline.core.progress import amount, bar, duration, is_main, say
 from rlhf_pipeline.core.ranking import pair_accuracy, reward_report, scoring
 from rlhf_pipeline.core.ranking.network_scorers import Backend, Dtype, HeadDtype, Score, ScoringOptions, resolve_dtype
 from rlhf_pipeline.core.ranking.reward_columns import (
@@ -370,7 +370,7 @@ def print_plan(plan: Plan, config: Config) -> None:
         output = storage.Output(folder, plan.identity, done=False)
         written = sum(output.has_shard(SPLIT, index) for index in range(len(plan.blocks)))
         state = f"partial, {written} of {len(plan.blocks)} shards"
-    say(f"output     {plan.output}: {state}, about {preflight.gigabytes(estimate_bytes(source, config))}")
+    say(f"output     {plan.output}: {state}, about {amount(estimate_bytes(source, config), 'B')}")
 
 
 # Work

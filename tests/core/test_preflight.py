@@ -125,7 +125,7 @@ def test_a_missing_vllm_names_its_extra_and_the_other_backend(monkeypatch: pytes
 
 def test_too_little_disk_is_refused_for_a_folder_that_does_not_exist_yet(tmp_path: Path) -> None:
     preflight.check_disk(tmp_path / "not" / "yet", 1, flag="--output_dir")
-    with pytest.raises(BadUse, match=r"--output_dir .*/not/yet needs about 1,000,000,000\.0 GB and its disk has"):
+    with pytest.raises(BadUse, match=r"--output_dir .*/not/yet needs about 1,000,000\.0 TB and its disk has"):
         preflight.check_disk(tmp_path / "not" / "yet", 10**18, flag="--output_dir")
 
 

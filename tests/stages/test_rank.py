@@ -95,7 +95,7 @@ def test_a_full_disk_is_refused_by_its_flag_unless_the_output_is_finished(
     usage = shutil.disk_usage(responses)
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
-        with pytest.raises(BadUse, match=r"--output_repo .*responses_armo needs about .* its disk has 0.0 GB free"):
+        with pytest.raises(BadUse, match=r"--output_repo .*responses_armo needs about .* its disk has 0 B free"):
             rank.main(config_for(responses, function))
         full.undo()
         rank.main(config_for(responses, function))

@@ -21,7 +21,7 @@ from conftest import PROMPTS, REPO
 from rlhf_pipeline import train
 from rlhf_pipeline.core import storage
 from rlhf_pipeline.core.command import BadUse, WorkFailed
-from rlhf_pipeline.core.progress import duration, read_metrics
+from rlhf_pipeline.core.progress import amount, duration, read_metrics
 from rlhf_pipeline.core.training import memory
 from rlhf_pipeline.core.training.losses import Dpo, Rebel
 from rlhf_pipeline.train import Config, RunFlags
@@ -203,7 +203,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_loaded(here, tiny_pol
     here(run=RunFlags(check=True), save_every=1)
     parameters = sum(tensor.numel() for tensor in weights(tiny_policy).values())
     needed = parameters * (4 + 2 * 12)
-    assert f"2 checkpoints of {12 * parameters / 1e9:,.1f} GB" in capsys.readouterr().out
+    assert f"2 checkpoints of {amount(12 * parameters, 'B')}" in capsys.readouterr().out
     room = {"free": needed - 1}
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(**room))
     with pytest.raises(BadUse, match=r"--output_dir .* its disk has .* free: free some, or name a folder on another"):

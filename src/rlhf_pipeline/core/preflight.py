@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rlhf_pipeline.core import provenance
 from rlhf_pipeline.core.command import BadUse
+from rlhf_pipeline.core.progress import amount
 
 GIB = 1024**3
 EXTRAS = {
@@ -126,13 +127,9 @@ def check_disk(folder: Path, bytes_needed: int, *, flag: str) -> None:
     free = shutil.disk_usage(existing_parent(folder)).free
     if free < bytes_needed:
         raise BadUse(
-            f"{flag} {folder} needs about {gigabytes(bytes_needed)} and its disk has {gigabytes(free)} free: "
+            f"{flag} {folder} needs about {amount(bytes_needed, 'B')} and its disk has {amount(free, 'B')} free: "
             "free some, or name a folder on another disk."
         )
-
-
-def gigabytes(count: int) -> str:
-    return f"{count / 1e9:,.1f} GB"
 
 
 def existing_parent(path: Path) -> Path:
@@ -162,7 +159,7 @@ def doctor() -> list[str]:
         f"processors    {os.cpu_count()}",
         *describe_gpus(visible_gpus()),
         *describe_packages(),
-        f"disk          {gigabytes(shutil.disk_usage(Path.cwd()).free)} free in {Path.cwd()}",
+        f"disk          {amount(shutil.disk_usage(Path.cwd()).free, 'B')} free in {Path.cwd()}",
         f"Hub token     {'yes' if hub_token_stored() else 'no (`hf auth login` stores one)'}",
     ]
 

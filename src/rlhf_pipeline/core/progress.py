@@ -36,6 +36,16 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def amount(number: float, unit: str = "") -> str:
+    """1234567 as 1.2 M, with a unit 1.2 MB."""
+    for prefix in ("", "k", "M", "G"):
+        if number < 1000:
+            digits = 1 if prefix and number < 100 else 0
+            return f"{number:.{digits}f} {prefix}{unit}".rstrip()
+        number /= 1000
+    return f"{number:,.1f} T{unit}"
+
+
 @contextlib.contextmanager
 def bar(total: int, unit: str, description: str, *, done: int = 0) -> Iterator[Callable[[int], None]]:
     """Yields `advance(count)`. In a terminal a bar with time left; elsewhere a line every QUIET_INTERVAL seconds.

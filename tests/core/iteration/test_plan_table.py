@@ -12,12 +12,6 @@ from rlhf_pipeline.core.iteration.stages import Run
 from rlhf_pipeline.core.iteration.survey import Look
 
 
-def test_numbers_are_said_in_three_digits() -> None:
-    said = [plan_table.count(number, "B") for number in (0, 864, 1234, 12_345, 123_456, 16e9, 2e12)]
-    assert said == ["0 B", "864 B", "1.2 kB", "12.3 kB", "123 kB", "16.0 GB", "2.0 TB"]
-    assert plan_table.count(45_300) == "45.3 k"
-
-
 def test_a_printed_command_is_the_command() -> None:
     """Folded at flags, so that a flag stays with its values, and quoted where a shell needs it."""
     words = ["py", "-m", "x", "--a", "b c", *(word for i in range(30) for word in (f"--flag_{i}", "1", "2"))]

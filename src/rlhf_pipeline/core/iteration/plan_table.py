@@ -13,7 +13,7 @@ from rlhf_pipeline.core.iteration import estimates
 from rlhf_pipeline.core.iteration.stages import Stage
 from rlhf_pipeline.core.iteration.survey import Look, folder_of
 from rlhf_pipeline.core.preflight import existing_parent
-from rlhf_pipeline.core.progress import duration
+from rlhf_pipeline.core.progress import amount, duration
 
 HEAD = ("stage", "reads", "writes", "rows", "tokens", "disk", "time", "state")
 NUMBERS = ("rows", "tokens", "disk", "time")
@@ -37,8 +37,8 @@ def row(look: Look, folder: str, weights: int | None, time: tuple[float, bool] |
         reads([short(ref, folder) for ref in dict.fromkeys(stage.inputs)]),
         short(stage.output, folder),
         "" if not look.rows else f"{look.rows:,}",
-        "" if tokens is None else f"<= {count(tokens)}",
-        "" if size is None else ("" if look.finished else "<= ") + f"{count(size, 'B')}",
+        "" if tokens is None else f"<= {amount(tokens)}",
+        "" if size is None else ("" if look.finished else "<= ") + f"{amount(size, 'B')}",
         "" if time is None else ("~ " if time[1] else "") + duration(time[0]),
         look.state + (", eta of iteration 1" if stage.eta_from else ""),
     )
@@ -61,16 +61,6 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return [
         "  ".join(to(cell, width) for to, cell, width in zip(adjust, row, widths, strict=True)).rstrip() for row in rows
     ]
-
-
-def count(number: float, unit: str = "") -> str:
-    """1234567 as 1.2 M, with a unit 1.2 MB."""
-    for prefix in ("", "k", "M", "G"):
-        if number < 1000:
-            digits = 1 if prefix and number < 100 else 0
-            return f"{number:.{digits}f} {prefix}{unit}".rstrip()
-        number /= 1000
-    return f"{number:,.1f} T{unit}"
 
 
 def expected_seconds(look: Look, looks: Sequence[Look], seconds: Mapping[str, float]) -> tuple[float, bool] | None:
@@ -126,7 +116,7 @@ def disk(looks: Sequence[Look], folder: str, model: str) -> str:
     unknown = weights is None and any(look.stage.command == "train" for look in left)
     total = sum(size for size in sizes if size is not None)
     more = " and the policies, whose size is not known yet" if unknown else ""
-    return f"disk       at most {count(total, 'B')} still to be written{more}; {count(free, 'B')} free"
+    return f"disk       at most {amount(total, 'B')} still to be written{more}; {amount(free, 'B')} free"
 
 
 # Commands

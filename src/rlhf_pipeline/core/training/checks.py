@@ -15,7 +15,8 @@ import torch
 from rlhf_pipeline.core import models
 from rlhf_pipeline.core.chat import Chat
 from rlhf_pipeline.core.command import BadUse
-from rlhf_pipeline.core.preflight import check_disk, check_importable, check_writable, existing_parent, gigabytes
+from rlhf_pipeline.core.preflight import check_disk, check_importable, check_writable, existing_parent
+from rlhf_pipeline.core.progress import amount
 from rlhf_pipeline.core.storage import Source
 from rlhf_pipeline.core.training.distributed import check_accumulation
 from rlhf_pipeline.core.training.losses import Loss
@@ -67,8 +68,8 @@ def check_room(folder: Path, start: Path, config: Any, *, updates: int, trained:
     check_writable(folder, flag="--output_dir")
     check_disk(folder, policy + copies * state - there, flag="--output_dir")
     free = shutil.disk_usage(existing_parent(folder)).free
-    states = f"{copies} checkpoint{'s' * (copies > 1)} of {gigabytes(state)}"
-    return f"{gigabytes(policy)} and, until it is done, {states}; {gigabytes(free)} free"
+    states = f"{copies} checkpoint{'s' * (copies > 1)} of {amount(state, 'B')}"
+    return f"{amount(policy, 'B')} and, until it is done, {states}; {amount(free, 'B')} free"
 
 
 def check_same_tokenizer(source: Source, chat: Chat, model: str) -> None:
