@@ -12,6 +12,7 @@ on where it stood when the same command runs again.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import time
 from collections.abc import Sequence
@@ -478,11 +479,16 @@ def sample_all(plan: Plan, config: Config, responses: Responses) -> None:
 def gather(sampler: Sampler, responses: Responses) -> int:
     """Keep each response as it finishes, and each shard as it is whole; returns the tokens sampled."""
     tokens = 0
-    with bar(responses.total, "responses", "generate", done=responses.finished) as advance:
-        for sample in sampler.sample(responses.requests()):
-            responses.add(sample)
-            tokens += len(sample.token_ids)
-            advance(1)
+    gc.collect()
+    gc.freeze()  # else a collection looks at all modules again, and in that half second engines run dry
+    try:
+        with bar(responses.total, "responses", "generate", done=responses.finished) as advance:
+            for sample in sampler.sample(responses.requests()):
+                responses.add(sample)
+                tokens += len(sample.token_ids)
+                advance(1)
+    finally:
+        gc.unfreeze()
     return tokens
 
 
