@@ -150,14 +150,14 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
-def count_parameters(folder: Path, *, trust_remote_code: bool = False) -> int:
-    """Weights of a causal language model, tied ones counted once, from its config alone."""
+def without_weights(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal language model from its config alone: layers and shapes, on the meta device."""
     from transformers import AutoModelForCausalLM
 
     config = load_config(folder, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return int(model.num_parameters())
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return model
 
 
 def context_window(config: PretrainedConfig) -> int | None:

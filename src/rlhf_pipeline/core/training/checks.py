@@ -57,7 +57,7 @@ def check_room(folder: Path, start: Path, config: Any, *, updates: int, trained:
     more than --keep_checkpoints is there while the next is written.
     """
     trust = getattr(config, "trust_remote_code", False)
-    parameters = models.count_parameters(start, trust_remote_code=trust)
+    parameters = models.without_weights(start, trust_remote_code=trust).num_parameters()
     # weights may not be here yet, the config is; fresh ones are drawn in float32
     said = None if getattr(config, "fresh", False) else models.load_config(start, trust_remote_code=trust).dtype
     policy = parameters * (said or torch.float32).itemsize

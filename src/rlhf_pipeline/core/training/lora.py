@@ -81,11 +81,7 @@ def measure(folder: Path, lora: Lora, *, trust_remote_code: bool = False) -> Siz
 
     Raises BadUse for target modules that the model lacks, and for any that is no linear layer or is its head.
     """
-    from transformers import AutoModelForCausalLM
-
-    config = models.load_config(folder, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model = models.without_weights(folder, trust_remote_code=trust_remote_code)
     layers = [layer for _, layer in _targets(model, lora.target_modules)]
     return Size(
         layers=len(layers),

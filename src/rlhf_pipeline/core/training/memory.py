@@ -85,19 +85,14 @@ class Memory:
 
 def shape_of(folder: Path, *, trust_remote_code: bool = False) -> Shape | None:
     """The sizes in a model folder's config; None for a model that is no decoder with a gated MLP."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     config: Any = models.load_config(folder, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     if heads is None or getattr(text, "intermediate_size", None) is None or not hasattr(text, "rms_norm_eps"):
         return None
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     return Shape(
-        parameters=model.num_parameters(),
+        parameters=models.without_weights(folder, trust_remote_code=trust_remote_code).num_parameters(),
         hidden=text.hidden_size,
         inner=text.intermediate_size,
         layers=text.num_hidden_layers,
