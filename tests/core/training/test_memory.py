@@ -102,6 +102,25 @@ def test_a_call_with_lora_takes_what_is_estimated_to_15_percent(kind, checkpoint
     assert found.activations + max(found.log_probs, found.layer) == pytest.approx(peak_bytes(run), rel=0.15)
 
 
+def test_attention_keeps_a_shared_prompt_as_often_as_it_is_shared():
+    """Wide heads and little else: of 600 prompt tokens with four responses attention keeps what 2600 tokens take."""
+    attention.register()
+    wide = {"hidden_size": 32, "intermediate_size": 32, "head_dim": 128, "num_key_value_heads": 4, "vocab_size": 100}
+    model = make_model(**{**SIZES, **wide}, attention="packed").train()
+    install(model)
+    batch = collate([[5] * 600] * 4, [[6] * 50, [7] * 50, [8] * 50, [9] * 50], packed=True)
+    call = call_of(batch, "packed")
+    assert (call.tokens, call.attended) == (800, 2600)
+    shape = Shape(model.num_parameters(), hidden=32, inner=32, layers=4, query=512, key=512, vocabulary=100)
+
+    def run():
+        response_logps(model, batch, 0.8).sum().backward()
+
+    run()
+    found = estimate(shape, call, "one process", processes=1, half=False, checkpointing=False, device="cpu")
+    assert found.activations + max(found.log_probs, found.layer) == pytest.approx(peak_bytes(run), rel=0.15)
+
+
 def call_of(batch: Batch, kind: str) -> Call:
     tokens, attended = batch.input_ids.numel(), int((batch.prompt_lengths + batch.response_lengths).sum())
     return Call(tokens, len(batch.labels), attended if kind == "packed" else tokens)
